@@ -9,8 +9,9 @@ import numpy as np
 import pytest
 
 from amalgam.config.settings import StatisticsSettings
-from amalgam.errors import RequestError
-from amalgam.experts.statistics import balance, describe_experts
+from amalgam.errors import ConfigError, RequestError
+from amalgam.experts.saved.files import from_bytes, to_bytes
+from amalgam.experts.statistics import balance, concentration, describe_experts
 from amalgam.experts.tracker import ExpertTracker
 from tests.errors import raises
 from tests.experts.routing import LAYER_IDS, NUM_EXPERTS, START, TOP_K, Clock, make_tracker, route, run_step, span
@@ -131,3 +132,27 @@ def test_top_k_of_a_dense_model_is_refused() -> None:
     tracker = ExpertTracker((), 0, 0, StatisticsSettings(), Clock().system)
     with raises(RequestError, "top_k"):
         describe_experts(tracker.snapshot(), 1)
+
+
+def test_layers_with_fewer_experts_are_measured_by_those_that_they_have() -> None:
+    clock = Clock()
+    tracker = ExpertTracker(LAYER_IDS, (8, 4, 2), TOP_K, StatisticsSettings(), clock.system)
+    routing = [(np.tile([0, 1], (10, 1)), np.full((10, 2), 0.5, np.float32)) for _ in LAYER_IDS]
+    run_step(tracker, [span(10)], routing)
+    clock.now += 1
+    answer = describe_experts(tracker.snapshot())
+    assert (answer["summary"]["total_experts"], answer["summary"]["experts_per_layer"]) == (14, 8)
+    assert [row["num_experts"] for row in answer["layer_stats"]] == [8, 4, 2]
+    assert [row["num_dead_experts"] for row in answer["layer_stats"]] == [6, 2, 0]
+    assert [row["max_to_mean"] for row in answer["layer_stats"]] == [4, 2, 1]
+    gini = [row["gini"] for row in answer["layer_stats"]]
+    assert gini == pytest.approx([0.75, 0.5, 0.0])
+    assert [row["normalized_entropy"] for row in answer["layer_stats"]] == pytest.approx([1 / 3, 1 / 2, 1])
+    experts = [(row["layer_id"], row["expert_id"]) for row in answer["expert_stats"]]
+    counts = zip(LAYER_IDS, (8, 4, 2), strict=True)
+    assert experts == [(layer_id, n) for layer_id, count in counts for n in range(count)]
+    assert [len(row["lorenz"]) for row in concentration(tracker.snapshot())] == [9, 5, 3]
+    saved = from_bytes(to_bytes(tracker.saved_set()), "a file")
+    assert saved.expert_counts == (8, 4, 2)
+    with raises(ConfigError):
+        make_tracker(clock).restore(saved, "a file")

@@ -132,11 +132,10 @@ def _wrapped(texts: Sequence[Text], width: int) -> list[Text]:
 
 def _relative_shares(statistics: dict[str, Any]) -> dict[int, list[float]]:
     """Layer id → each expert's part of the layer over an even part."""
-    num_experts = statistics["summary"]["experts_per_layer"]
     shares: dict[int, list[float]] = {}
     for row in statistics["expert_stats"]:
-        shares.setdefault(row["layer_id"], []).append((row["layer_share"] or 0.0) * num_experts)
-    return shares
+        shares.setdefault(row["layer_id"], []).append(row["layer_share"] or 0.0)
+    return {layer_id: [share * len(layer) for share in layer] for layer_id, layer in shares.items()}
 
 
 def _margin(grid: dict[int, list[float]]) -> int:
@@ -152,7 +151,7 @@ def _heatmap(grid: dict[int, list[float]], width: int, num_rows: int) -> list[Te
     if not grid:
         return [Text("This model has no experts.")]
     margin, layer_ids = _margin(grid), list(grid)
-    num_experts = len(grid[layer_ids[0]])
+    num_experts = max(map(len, grid.values()))
     cell_width = 2 if 2 * num_experts + margin <= width else 1
     across = -(-num_experts // max((width - margin) // cell_width, 1))
     down = -(-len(layer_ids) // max(num_rows, 1))
@@ -162,7 +161,7 @@ def _heatmap(grid: dict[int, list[float]], width: int, num_rows: int) -> list[Te
         name = str(of_row[0]) if len(of_row) == 1 else f"{of_row[0]}–{of_row[-1]}"
         line = Text(f"{name:>{margin - 1}} ", style="dim", no_wrap=True)
         for first in range(0, num_experts, across):
-            level = _level(max(max(grid[layer_id][first : first + across]) for layer_id in of_row))
+            level = _level(max(max(grid[layer_id][first : first + across], default=0.0) for layer_id in of_row))
             line.append(_SHADES[level] * cell_width, style=f"not dim {_COLOURS[level]}")
         lines.append(line)
     return [*lines, _legend(down, across)]

@@ -277,7 +277,7 @@ class Member:
         rates = self._tracker.snapshot().decaying_rate + sum(other.rates for other in others)
         settings = StatisticsSettings(**{**self._tracker.settings.model_dump(), "file": "", "save_seconds": 60.0})
         whole = ExpertTracker(
-            sets[0].layer_ids, sets[0].num_experts, sets[0].num_active_experts, settings, model=sets[0].model
+            sets[0].layer_ids, sets[0].expert_counts, sets[0].num_active_experts, settings, model=sets[0].model
         )
         whole.restore(merge_saved_sets(sets), "the replicas' statistics")
         whole.restore_rates(rates)

@@ -72,7 +72,7 @@ def find_hints(
 
 
 def _hot_narrow(snapshot: ExpertSnapshot, precisions: PrecisionMap) -> Iterator[Hint]:
-    relative = relative_share(snapshot.tally.counts.sum(axis=0))
+    relative = relative_share(snapshot.tally.counts.sum(axis=0), snapshot.sizes)
     wide = precisions.wide_bits
     is_found = (relative >= HOT) & precisions.is_narrow
     cells = np.argwhere(is_found)
@@ -98,8 +98,8 @@ def _hot_narrow(snapshot: ExpertSnapshot, precisions: PrecisionMap) -> Iterator[
 
 
 def _cold_wide(snapshot: ExpertSnapshot, precisions: PrecisionMap) -> Iterator[Hint]:
-    relative = relative_share(snapshot.tally.counts.sum(axis=0))
-    is_found = (relative <= COLD) & precisions.is_wide
+    relative = relative_share(snapshot.tally.counts.sum(axis=0), snapshot.sizes)
+    is_found = (relative <= COLD) & precisions.is_wide & snapshot.exists
     if not is_found.any():
         return
     bits, narrow = precisions.bits[is_found], precisions.narrow_bits
@@ -129,18 +129,18 @@ def _cold_wide(snapshot: ExpertSnapshot, precisions: PrecisionMap) -> Iterator[H
 
 
 def _unused(snapshot: ExpertSnapshot, num_tokens: int) -> Iterator[Hint]:
-    is_found = snapshot.tally.counts.sum(axis=0) == 0
+    is_found = (snapshot.tally.counts.sum(axis=0) == 0) & snapshot.exists
     if not is_found.any() or num_tokens * snapshot.num_active_experts < MIN_USES * snapshot.num_experts:
         return
-    num_found = int(is_found.sum())
+    num_found, num_all = int(is_found.sum()), sum(snapshot.expert_counts)
     yield Hint(
         "unused",
         "notice",
-        f"{num_found} of {is_found.size} experts were never used in {num_tokens} tokens.",
-        f"在 {num_tokens} 个词元中，{is_found.size} 个专家里有 {num_found} 个从未被使用。",
+        f"{num_found} of {num_all} experts were never used in {num_tokens} tokens.",
+        f"在 {num_tokens} 个词元中，{num_all} 个专家里有 {num_found} 个从未被使用。",
         {
             "num_experts": num_found,
-            "total_experts": is_found.size,
+            "total_experts": num_all,
             "tokens": num_tokens,
             "experts": _listed(snapshot, is_found),
         },
@@ -148,7 +148,7 @@ def _unused(snapshot: ExpertSnapshot, num_tokens: int) -> Iterator[Hint]:
 
 
 def _unbalanced(snapshot: ExpertSnapshot) -> Iterator[Hint]:
-    figures = balance(snapshot.tally.counts.sum(axis=0))
+    figures = balance(snapshot.tally.counts.sum(axis=0), snapshot.sizes)
     worst = snapshot.num_experts / max(snapshot.num_active_experts, 1)  # all tokens take the same experts
     limit = min(3.0, 0.6 * worst)
     max_to_mean = np.nan_to_num(figures["max_to_mean"])

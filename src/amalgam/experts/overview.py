@@ -155,7 +155,7 @@ def _tally_of(tracker: ExpertTracker, text: str, folder: str) -> Tally:
             return _before(tracker, _minutes_in(text))
         if kind == "saved":
             saved = load_named(folder, name)
-            saved.check_fits(tracker.layer_ids, tracker.num_experts, f"The saved set {name!r}")
+            saved.check_fits(tracker.layer_ids, tracker.expert_counts, f"The saved set {name!r}")
             return saved.total
     raise RequestError(f"{describe(text)} names no traffic.", remedy=f"Allowed: {', '.join(TRAFFIC)}.")
 
@@ -189,7 +189,7 @@ def _reference(tracker: ExpertTracker) -> SavedSet:
     if not path:
         raise RequestError("There is no reference.", remedy="Set statistics.reference to a saved set.")
     reference = _load_reference(path)
-    reference.check_fits(tracker.layer_ids, tracker.num_experts, f"statistics.reference {path!r}")
+    reference.check_fits(tracker.layer_ids, tracker.expert_counts, f"statistics.reference {path!r}")
     return reference
 
 

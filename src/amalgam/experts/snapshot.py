@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 import numpy.typing as npt
@@ -20,7 +21,8 @@ class ExpertSnapshot:
     """A consistent copy of the statistics of one window of time. Times in Unix seconds."""
 
     layer_ids: tuple[int, ...]  # decoder layer of each row of the grids
-    num_experts: int  # per layer
+    num_experts: int  # of the widest layer
+    expert_counts: tuple[int, ...]  # of each layer
     num_active_experts: int  # per token and layer
     started_at: float  # the tracker's start; a reset does not move it
     minutes: float | None  # the window asked for; None: since the start or the last reset
@@ -33,6 +35,16 @@ class ExpertSnapshot:
     decaying_rate: npt.NDArray[np.float64]  # [layers, experts], activations per second; whatever the window
     labels: Mapping[str, int]  # label → tokens, since the last reset whatever the window
     label: str | None = None  # the tally is that of this label only
+
+    @cached_property
+    def sizes(self) -> npt.NDArray[np.int64]:
+        """Experts of each layer, [layers]."""
+        return np.array(self.expert_counts, np.int64)
+
+    @cached_property
+    def exists(self) -> npt.NDArray[np.bool_]:
+        """Which cells of the grids are experts, [layers, experts]."""
+        return np.asarray(np.arange(self.num_experts) < self.sizes[:, None])
 
     @property
     def window_seconds(self) -> float:

@@ -35,7 +35,7 @@ def describe_experts(snapshot: ExpertSnapshot, top_k: int | None = None) -> dict
     """
     num_top = _check_top_k(top_k, snapshot)
     experts = _rows(expert_columns(snapshot))
-    order = np.argsort(-snapshot.tally.counts.sum(axis=0).reshape(-1), kind="stable")[:num_top]
+    order = np.argsort(-snapshot.tally.counts.sum(axis=0)[snapshot.exists], kind="stable")[:num_top]
     return {
         "window": window(snapshot),
         "summary": summary(snapshot),
@@ -64,8 +64,10 @@ def window(snapshot: ExpertSnapshot) -> dict[str, Any]:
 def summary(snapshot: ExpertSnapshot) -> dict[str, Any]:
     """Totals. `total_activations` = `total_tokens` × `active_experts_per_token` × `total_layers`.
 
-    `total_layers` counts the layers that have experts, `total_experts` is layers × `experts_per_layer`, and `uptime` is
-    seconds since counting began, resets or not. `half_life_minutes` is that of the experts' `decaying_rate`.
+    `total_layers` counts the layers that have experts, `total_experts` the experts of all of them, `experts_per_layer`
+    those of the widest: a pruned model's layers may have different numbers, which `num_experts` of each layer says.
+    `uptime` is seconds since counting began, resets or not. `half_life_minutes` is that of the experts'
+    `decaying_rate`.
     """
     tally, num_layers = snapshot.tally, len(snapshot.layer_ids)
     activations, tokens = int(tally.counts.sum()), int(tally.num_tokens.sum())
@@ -79,7 +81,7 @@ def summary(snapshot: ExpertSnapshot) -> dict[str, Any]:
         "generated_tokens": int(tally.num_tokens[GENERATED]),
         "total_requests": requests,
         "total_layers": num_layers,
-        "total_experts": num_layers * snapshot.num_experts,
+        "total_experts": sum(snapshot.expert_counts),
         "experts_per_layer": snapshot.num_experts,
         "active_experts_per_token": snapshot.num_active_experts,
         "uptime": snapshot.window_end - snapshot.started_at,
@@ -107,12 +109,14 @@ def layer_rows(snapshot: ExpertSnapshot) -> list[dict[str, Any]]:
     columns: dict[str, list[Any]] = {
         "layer_id": list(snapshot.layer_ids),
         **counted,
-        "mean_activations_per_second": [rate / snapshot.num_experts for rate in counted["activations_per_second"]],
-        "num_experts": [snapshot.num_experts] * len(snapshot.layer_ids),
+        "mean_activations_per_second": [
+            rate / size for rate, size in zip(counted["activations_per_second"], snapshot.expert_counts, strict=True)
+        ],
+        "num_experts": list(snapshot.expert_counts),
         "num_used_experts": num_used.tolist(),
-        "num_dead_experts": (snapshot.num_experts - num_used).tolist(),
-        "num_hot_experts": np.count_nonzero(relative_share(counts) >= HOT, axis=-1).tolist(),
-        **{name: _nullable(values) for name, values in balance(counts).items()},
+        "num_dead_experts": (snapshot.sizes - num_used).tolist(),
+        "num_hot_experts": np.count_nonzero(relative_share(counts, snapshot.sizes) >= HOT, axis=-1).tolist(),
+        **{name: _nullable(values) for name, values in balance(counts, snapshot.sizes).items()},
         "coverage": coverage(counts),
     }
     return _rows(columns)
@@ -126,15 +130,15 @@ def expert_columns(snapshot: ExpertSnapshot) -> dict[str, list[Any]]:
     `last_activation` null if it was never activated.
     """
     counts = snapshot.tally.counts.sum(axis=0)
-    num_layers, num_experts = counts.shape
     share = counts / np.maximum(counts.sum(axis=-1, keepdims=True), 1)
+    rows, expert_ids = np.nonzero(snapshot.exists)
     return {
-        "layer_id": np.repeat(np.array(snapshot.layer_ids, np.int64), num_experts).tolist(),
-        "expert_id": np.tile(np.arange(num_experts), num_layers).tolist(),
+        "layer_id": np.array(snapshot.layer_ids, np.int64)[rows].tolist(),
+        "expert_id": expert_ids.tolist(),
         **_count_columns(snapshot),
-        "layer_share": share.reshape(-1).tolist(),
-        "decaying_rate": snapshot.decaying_rate.reshape(-1).tolist(),
-        "last_activation": _nullable(snapshot.last_activation.reshape(-1)),
+        "layer_share": share[snapshot.exists].tolist(),
+        "decaying_rate": snapshot.decaying_rate[snapshot.exists].tolist(),
+        "last_activation": _nullable(snapshot.last_activation[snapshot.exists]),
     }
 
 
@@ -158,8 +162,13 @@ def label_rows(snapshot: ExpertSnapshot) -> list[dict[str, Any]]:
     return [{"label": label, "tokens": num_tokens} for label, num_tokens in snapshot.labels.items()]
 
 
-def balance(counts: npt.NDArray[np.integer]) -> dict[str, npt.NDArray[np.float64]]:
+def balance(
+    counts: npt.NDArray[np.integer], sizes: npt.NDArray[np.integer] | None = None
+) -> dict[str, npt.NDArray[np.float64]]:
     """How evenly each layer uses its experts, from `counts` [layers, experts]; NaN for a layer without activations.
+
+    Args:
+        sizes: experts of each layer, [layers]; None: all have as many as there are columns. Behind them are zeros.
 
     Returns, each [layers]:
         max_to_mean: the busiest expert against the mean; 1 is even, the number of experts is the worst.
@@ -169,10 +178,14 @@ def balance(counts: npt.NDArray[np.integer]) -> dict[str, npt.NDArray[np.float64
         normalized_entropy: Shannon entropy over its maximum; 1 is even, 0 is one expert only.
         gini: half the mean difference of two experts over the mean; 0 is even, 1 - 1/experts is one expert only.
     """
-    num_experts = counts.shape[-1]
-    ranks = 2 * np.arange(1, num_experts + 1) - num_experts - 1
+    width = counts.shape[-1]
+    num_experts = np.full(counts.shape[:-1], width) if sizes is None else sizes
+    exists = np.arange(width) < num_experts[..., None]
+    # Sorted, what does not exist comes first, with nothing of the layer's activations.
+    ranks = 2 * (np.arange(1, width + 1) - width) + num_experts[..., None] - 1
     with np.errstate(invalid="ignore", divide="ignore"):
-        mean = counts.mean(axis=-1)
+        mean = counts.sum(axis=-1) / num_experts
+        spread = np.sqrt((np.where(exists, counts - mean[..., None], 0.0) ** 2).sum(axis=-1) / num_experts)
         share = counts / counts.sum(axis=-1, keepdims=True)
         entropy = -np.where(share > 0, share * np.log(share), share).sum(axis=-1)
         max_to_mean = counts.max(axis=-1, initial=0) / mean
@@ -180,16 +193,21 @@ def balance(counts: npt.NDArray[np.integer]) -> dict[str, npt.NDArray[np.float64
             "max_to_mean": max_to_mean,
             "mean_to_max": 1 / max_to_mean,
             "max_violation": max_to_mean - 1,
-            "coefficient_of_variation": counts.std(axis=-1) / mean,
-            "normalized_entropy": entropy / np.log(max(num_experts, 2)),
+            "coefficient_of_variation": spread / mean,
+            "normalized_entropy": entropy / np.log(np.maximum(num_experts, 2)),
             "gini": (np.sort(share, axis=-1) * ranks).sum(axis=-1) / num_experts,
         }
 
 
-def relative_share(counts: npt.NDArray[Any]) -> npt.NDArray[np.float64]:
-    """Each expert's part of its layer over an even part, [layers, experts]; 0 for a layer without activations."""
+def relative_share(counts: npt.NDArray[Any], sizes: npt.NDArray[np.integer] | None = None) -> npt.NDArray[np.float64]:
+    """Each expert's part of its layer over an even part, [layers, experts]; 0 for a layer without activations.
+
+    Args:
+        sizes: see `balance`.
+    """
     totals = counts.sum(axis=-1, keepdims=True)
-    return np.asarray(counts / np.where(totals > 0, totals, 1) * counts.shape[-1])
+    num_experts = counts.shape[-1] if sizes is None else sizes[:, None]
+    return np.asarray(counts / np.where(totals > 0, totals, 1) * num_experts)
 
 
 def coverage(counts: npt.NDArray[np.integer]) -> list[dict[str, int | None]]:
@@ -212,11 +230,12 @@ def grid(snapshot: ExpertSnapshot, phase: str = "all", measure: str = "count") -
     """
     phases = PHASES[phase]
     counts = measured(snapshot.tally, phase)
-    figures = {name: _nullable(column) for name, column in balance(counts).items()}
+    figures = {name: _nullable(column) for name, column in balance(counts, snapshot.sizes).items()}
     rows = _rows({"layer_id": list(snapshot.layer_ids), **figures, "coverage": coverage(counts)})
     return {
         "layer_ids": list(snapshot.layer_ids),
         "num_experts": snapshot.num_experts,
+        "expert_counts": list(snapshot.expert_counts),
         "num_active_experts": snapshot.num_active_experts,
         "phase": phase,
         "measure": measure,
@@ -247,8 +266,8 @@ def concentration(snapshot: ExpertSnapshot) -> list[dict[str, Any]]:
     return _rows(
         {
             "layer_id": list(snapshot.layer_ids),
-            "lorenz": curves.tolist(),
-            "gini": _nullable(balance(counts)["gini"]),
+            "lorenz": [curve[-size - 1 :] for curve, size in zip(curves.tolist(), snapshot.expert_counts, strict=True)],
+            "gini": _nullable(balance(counts, snapshot.sizes)["gini"]),
             "coverage": coverage(counts),
         }
     )
@@ -258,7 +277,7 @@ def _count_columns(snapshot: ExpertSnapshot, axis: int | None = None) -> dict[st
     """The columns that layers and experts share, summed over `axis` of the grids."""
 
     def column(grid: npt.NDArray[Any]) -> npt.NDArray[Any]:
-        return (grid if axis is None else grid.sum(axis=axis)).reshape(-1)
+        return grid[snapshot.exists] if axis is None else grid.sum(axis=axis).reshape(-1)
 
     prompt, generated = (column(snapshot.tally.counts[phase]) for phase in (PROMPT, GENERATED))
     return {
@@ -285,7 +304,7 @@ def _rows(columns: dict[str, list[Any]]) -> list[dict[str, Any]]:
 
 
 def _check_top_k(top_k: int | None, snapshot: ExpertSnapshot) -> int:
-    num_experts = len(snapshot.layer_ids) * snapshot.num_experts
+    num_experts = sum(snapshot.expert_counts)
     if top_k is None:
         return min(DEFAULT_TOP_K, num_experts)
     if not num_experts:

@@ -55,7 +55,7 @@ class ExpertTracker:
 
     Args:
         moe_layer_ids: decoder layer ids that have experts, in order.
-        num_experts: experts per layer.
+        num_experts: experts of each layer; one number: all have as many.
         top_k: active experts per token and layer.
         clock: gives the times; what is shown and saved follows the wall clock as it is set then.
         model: its name, for saved sets.
@@ -64,14 +64,17 @@ class ExpertTracker:
     def __init__(
         self,
         moe_layer_ids: Sequence[int],
-        num_experts: int,
+        num_experts: int | Sequence[int],
         top_k: int,
         settings: StatisticsSettings,
         clock: Clock | None = None,
         model: str = "",
     ) -> None:
         self.layer_ids = tuple(moe_layer_ids)
-        self.num_experts = num_experts
+        if isinstance(num_experts, int):
+            num_experts = (num_experts,) * len(self.layer_ids)
+        self.expert_counts = tuple(num_experts)
+        self.num_experts = max(self.expert_counts, default=0)
         self.settings = settings
         self._top_k = top_k
         self._clock = Clock() if clock is None else clock
@@ -90,9 +93,9 @@ class ExpertTracker:
         self._tick_end = -np.inf
         self._pending: list[Step] = []
         self._num_pending_rows = 0
-        grid = (len(self.layer_ids), num_experts)
+        grid = (len(self.layer_ids), self.num_experts)
         self._history = History(*grid, settings.bucket_seconds, settings.history_minutes * 60)
-        self._recent = RecentActivations(self.layer_ids, num_experts, settings.recent_activations)
+        self._recent = RecentActivations(self.layer_ids, self.num_experts, settings.recent_activations)
         self._labels = LabelTallies(*grid, settings.max_labels)
         self._pairs = PairCounter(*grid, settings.pair_sampling)
         self._traces = TraceStore(self.layer_ids, top_k, settings.trace_bytes)
@@ -221,6 +224,7 @@ class ExpertTracker:
         return ExpertSnapshot(
             layer_ids=self.layer_ids,
             num_experts=self.num_experts,
+            expert_counts=self.expert_counts,
             num_active_experts=self._top_k,
             started_at=self._started_at + shift,
             minutes=minutes,
@@ -297,6 +301,7 @@ class ExpertTracker:
                 pairs=self._pairs.read() if self._pairs.sampling else None,
                 buckets=tuple(moved(self._history.since(-np.inf), ticks)) if with_history else (),
                 tick_seconds=self.settings.bucket_seconds if with_history else None,
+                own_counts=self.expert_counts if min(self.expert_counts, default=0) < self.num_experts else (),
             )
 
     def restore(self, saved: SavedSet, where: str) -> None:
@@ -305,7 +310,7 @@ class ExpertTracker:
         Raises:
             ConfigError: it is of another model.
         """
-        saved.check_fits(self.layer_ids, self.num_experts, where, self._top_k)
+        saved.check_fits(self.layer_ids, self.expert_counts, where, self._top_k)
         with self._lock:
             now = self._advance()
             if now < saved.end < now + _NOISE_SECONDS:

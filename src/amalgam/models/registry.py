@@ -18,6 +18,7 @@ from amalgam.base.plugins import load_plugins
 from amalgam.errors import CheckpointError, UnsupportedError, describe
 from amalgam.formats.fused import FusedTensor
 from amalgam.models import families
+from amalgam.models.own_layers import read_own_layers
 from amalgam.models.spec import AttentionBlock, ConfigReader, Family, ModelSpec
 
 # Several times what the largest published models have. Every layer and expert becomes an object, before any file is
@@ -94,7 +95,7 @@ def read_spec(config: Mapping[str, Any], where: str) -> tuple[Family, ModelSpec]
             types = fields.values.get(key)
             if isinstance(types, list) and not all(isinstance(kind, str) for kind in types):
                 fields.refuse(key, types, "a list of names")
-    spec = family.read_spec(reader)
+    spec = read_own_layers(family, reader)
     for fields in parts:
         _check_layer_types(fields, spec)
     num_experts = sum(layer.mlp.num_experts for layer in spec.layers)

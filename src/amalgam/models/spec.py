@@ -227,6 +227,11 @@ class ModelSpec:
         """Experts in the widest layer; 0 for a dense model."""
         return max((layer.mlp.num_experts for layer in self.layers), default=0)
 
+    @cached_property
+    def expert_counts(self) -> tuple[int, ...]:
+        """Experts of each of `moe_layer_ids`."""
+        return tuple(self.layers[layer_id].mlp.num_experts for layer_id in self.moe_layer_ids)
+
     @property
     def num_active_experts(self) -> int:
         return max((layer.mlp.num_active_experts for layer in self.layers), default=0)
@@ -319,6 +324,7 @@ class Family:
         fused: checkpoint tensors that hold several weights, or one under another name.
         short_prefixes: how names start in some checkpoints → what that stands for.
         tiny_config: keyword arguments of the Hugging Face configuration class for the parity test.
+        reads_own_layers: whether `read_spec` itself reads what config.json says of single layers (`own_layers`).
     """
 
     name: str
@@ -330,6 +336,7 @@ class Family:
     left_out: Mapping[str, str] = field(default_factory=dict)
     short_prefixes: Mapping[str, str] = field(default_factory=dict)
     tiny_config: Mapping[str, Any] = field(default_factory=dict)
+    reads_own_layers: bool = False
 
     def logical_name(self, slot: Slot) -> str:
         """The published checkpoint's name of a slot: `model.layers.3.self_attn.q_proj.weight`."""

@@ -82,25 +82,29 @@ def use_of_set(saved: SavedSet, spec: ModelSpec, where: str) -> Use:
     Raises:
         ConfigError: it is of another model, or of too few tokens.
     """
-    saved.check_fits(spec.moe_layer_ids, spec.num_experts, where, spec.num_active_experts)
+    saved.check_fits(spec.moe_layer_ids, spec.expert_counts, where, spec.num_active_experts)
     tokens = int(saved.total.num_tokens.sum())
     if tokens < MIN_TOKENS:
         raise ConfigError(
             f"{where} has {tokens} tokens, too few to tell which experts the traffic uses.",
             remedy=f"Collect at least {MIN_TOKENS}, or leave --use out: then the calibration texts count.",
         )
-    return use_of_tally(saved.total, saved.layer_ids, where)
+    return use_of_tally(saved.total, saved.layer_ids, where, saved.expert_counts)
 
 
-def use_of_tally(tally: Tally, layer_ids: Sequence[int], where: str) -> Use:
-    """What was counted of some tokens; an expert that none reached counts half an activation."""
+def use_of_tally(tally: Tally, layer_ids: Sequence[int], where: str, expert_counts: Sequence[int]) -> Use:
+    """What was counted of some tokens; an expert that none reached counts half an activation.
+
+    Args:
+        expert_counts: experts of each layer.
+    """
     tokens = int(tally.num_tokens.sum())
     counts, masses = tally.counts.sum(axis=0), tally.gate_mass.sum(axis=0)
     mass: dict[Cell, float] = {}
     activations: dict[Cell, float] = {}
     for row, layer in enumerate(layer_ids):
         mean = float(masses[row].sum() / max(1, counts[row].sum()))
-        for expert in range(counts.shape[1]):
+        for expert in range(expert_counts[row]):
             mass[layer, expert] = (float(masses[row, expert]) + mean / 2) / tokens
             activations[layer, expert] = (float(counts[row, expert]) + 0.5) / tokens
     return Use(where, tokens, mass, activations)

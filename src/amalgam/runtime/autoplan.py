@@ -271,7 +271,7 @@ class Autoplan:
         planned = self._planned if version.version_id == self._known else None
         look = _Look(Decision(at, "failed", "", following.drift_of(counts, long.counts.sum(axis=0), planned, tokens)))
         try:
-            use = use_of_tally(short, self._tracker.layer_ids, "live") if tokens else None
+            use = use_of_tally(short, self._tracker.layer_ids, "live", self._tracker.expert_counts) if tokens else None
             verdict = self._decide(look, version, use)
         except UnavailableError:
             raise
@@ -429,7 +429,8 @@ class Autoplan:
         tally = self._tracker.snapshot(self._minutes[0]).tally
         enough = int(tally.num_tokens.sum()) >= self.settings.min_tokens
         where = f"the last {self._minutes[0]:g} minutes"
-        return use_of_tally(tally, self._tracker.layer_ids, where) if enough else None
+        counts = self._tracker.expert_counts
+        return use_of_tally(tally, self._tracker.layer_ids, where, counts) if enough else None
 
     def _use_so_far(self) -> Use:
         """
@@ -439,7 +440,7 @@ class Autoplan:
         tally = self._tracker.snapshot().tally
         if not int(tally.num_tokens.sum()):
             raise RequestError("No token has been counted yet.", remedy="Send some requests first.")
-        return use_of_tally(tally, self._tracker.layer_ids, "since the last reset")
+        return use_of_tally(tally, self._tracker.layer_ids, "since the last reset", self._tracker.expert_counts)
 
     def _weights_that_fit(self) -> int:
         """Those that are there, and what else may be taken of the device's memory."""

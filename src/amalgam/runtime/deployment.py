@@ -340,7 +340,7 @@ class Deployment:
         return {
             "layer_id": layer_id,
             "expert_id": expert_id,
-            "num_experts": self.spec.num_experts,
+            "num_experts": self.spec.layers[layer_id].mlp.num_experts,
             "use": None if self.statistics is None else self.statistics.use_of(layer_id, expert_id),
             "projections": projections,
         }

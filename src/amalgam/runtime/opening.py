@@ -129,7 +129,7 @@ def _open_tracker(settings: Settings, spec: ModelSpec) -> ExpertTracker | None:
         return None
     model = settings.model.name or Path(settings.model.base_path).name
     tracker = ExpertTracker(
-        spec.moe_layer_ids, spec.num_experts, spec.num_active_experts, settings.statistics, model=model
+        spec.moe_layer_ids, spec.expert_counts, spec.num_active_experts, settings.statistics, model=model
     )
     if settings.statistics.reference:
         _check_reference(tracker)

@@ -78,7 +78,7 @@ def _heatmap(overview: Overview) -> str:
     snapshot = overview.snapshot
     if not snapshot.layer_ids:
         return ""
-    png = heatmap_png(relative_share(snapshot.tally.counts.sum(axis=0)), snapshot.layer_ids)
+    png = heatmap_png(relative_share(snapshot.tally.counts.sum(axis=0), snapshot.sizes), snapshot.layer_ids)
     data = base64.b64encode(png).decode()
     note = "Layers down, experts across; red: used more than an even share, blue: less, grey: never."
     return f'<h2>Use</h2><img alt="{note}" src="data:image/png;base64,{data}"><p class="note">{note}</p>'

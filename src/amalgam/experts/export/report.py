@@ -99,7 +99,7 @@ def _png(overview: Overview, model: str) -> bytes:
         f"Expert use of {model or 'a model without a name'}",
         f"{snapshot.tally.num_tokens.sum()} tokens {window}",
     )
-    return heatmap_png(relative_share(snapshot.tally.counts.sum(axis=0)), snapshot.layer_ids, captions)
+    return heatmap_png(relative_share(snapshot.tally.counts.sum(axis=0), snapshot.sizes), snapshot.layer_ids, captions)
 
 
 def _html(overview: Overview, model: str) -> bytes:

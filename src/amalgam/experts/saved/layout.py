@@ -5,7 +5,8 @@ In and out: `SavedSet`; `ArrayFile`, whatever its container. Must never know: fi
 Layout, version 1:
 
     meta              JSON {version, model, layer_ids, num_experts, num_active_experts, start, end, labels,
-                      tick_seconds: what a tick of the history takes; old files lack it}
+                      tick_seconds: what a tick of the history takes; old files lack it,
+                      expert_counts: of each layer; only where some have fewer than num_experts}
     counts, gate_mass, num_tokens, num_requests            the `Tally` of everything
     label_counts, label_gate_mass, label_num_tokens, label_num_requests    the same with a leading axis, one per label
     last_activation   float64 [layers, experts], Unix seconds, NaN: never
@@ -62,6 +63,7 @@ def to_arrays(saved: SavedSet) -> tuple[bytes, dict[str, npt.NDArray[Any]]]:
         "end": saved.end,
         "labels": list(saved.labels),
         "tick_seconds": saved.tick_seconds,
+        **({"expert_counts": saved.own_counts} if saved.own_counts else {}),
     }
     arrays: dict[str, npt.NDArray[Any]] = {"last_activation": saved.last_activation}
     for name in _TALLY_FIELDS:
@@ -119,6 +121,9 @@ def from_arrays(file: ArrayFile) -> SavedSet:
         fields.refuse("tick_seconds", tick_seconds, "more than 0")
     if start > end:
         raise ValueError(f"it ends at {end}, before its start at {start}")
+    own_counts = tuple(fields.list("expert_counts", of=int, what="integers", default=[]))
+    if own_counts and (len(own_counts) != len(layer_ids) or not all(top_k <= n <= num_experts for n in own_counts)):
+        fields.refuse("expert_counts", own_counts, f"one for each layer, from {top_k} to num_experts {num_experts}")
     grid = (len(layer_ids), num_experts)
     [total] = _tallies(file, "", (), grid, top_k)
     last_activation = file.read("last_activation", grid, "f")
@@ -137,6 +142,7 @@ def from_arrays(file: ArrayFile) -> SavedSet:
         pairs=_pairs(file, grid, int(total.num_tokens.sum())),
         buckets=_buckets(file, grid, top_k),
         tick_seconds=tick_seconds,
+        own_counts=own_counts,
     )
 
 

@@ -32,21 +32,32 @@ class SavedSet:
     pairs: PairCounts | None = None
     buckets: tuple[Bucket, ...] = ()
     tick_seconds: float | None = None  # None: a file of before it was written down
+    own_counts: tuple[int, ...] = ()  # experts of each layer, where some have fewer than `num_experts`
+
+    @property
+    def expert_counts(self) -> tuple[int, ...]:
+        """Experts of each layer."""
+        return self.own_counts or (self.num_experts,) * len(self.layer_ids)
 
     def check_fits(
-        self, layer_ids: Sequence[int], num_experts: int, where: str, num_active_experts: int | None = None
+        self,
+        layer_ids: Sequence[int],
+        expert_counts: Sequence[int],
+        where: str,
+        num_active_experts: int | None = None,
     ) -> None:
         """
         Args:
+            expert_counts: experts of each layer.
             num_active_experts: None where only shares are compared.
 
         Raises:
             ConfigError: these are the statistics of another model.
         """
-        if (self.layer_ids, self.num_experts) != (tuple(layer_ids), num_experts):
+        if (self.layer_ids, self.expert_counts) != (tuple(layer_ids), tuple(expert_counts)):
             raise ConfigError(
-                f"{where} holds {len(self.layer_ids)} layers of {self.num_experts} experts, and this model has "
-                f"{len(layer_ids)} of {num_experts}.",
+                f"{where} holds {len(self.layer_ids)} layers of {_counts(self.expert_counts)} experts, and this model "
+                f"has {len(layer_ids)} of {_counts(expert_counts)}.",
                 remedy="Use statistics of the same model.",
             )
         if num_active_experts not in (None, self.num_active_experts):
@@ -55,6 +66,11 @@ class SavedSet:
                 f"{num_active_experts}.",
                 remedy="Use statistics of the same model.",
             )
+
+
+def _counts(expert_counts: Sequence[int]) -> str:
+    low, high = min(expert_counts, default=0), max(expert_counts, default=0)
+    return str(high) if low == high else f"{low} to {high}"
 
 
 def merge(sets: Sequence[SavedSet]) -> SavedSet:
@@ -69,7 +85,7 @@ def merge(sets: Sequence[SavedSet]) -> SavedSet:
     pairs: PairCounts | None = None
     last = np.full_like(first.last_activation, np.nan)
     for item in sets:
-        item.check_fits(first.layer_ids, first.num_experts, f"The set of {item.model!r}", first.num_active_experts)
+        item.check_fits(first.layer_ids, first.expert_counts, f"The set of {item.model!r}", first.num_active_experts)
         total.add(item.total)
         last = np.fmax(last, item.last_activation)
         for label, tally in item.labels.items():

@@ -321,4 +321,5 @@ FAMILY = Family(
         "hidden_size_per_layer_input": 24,
         "vocab_size_per_layer_input": 256,
     },
+    reads_own_layers=True,
 )

@@ -14,6 +14,8 @@ from amalgam.config.settings import Settings
 from amalgam.errors import CheckpointError, ConfigError, UnsupportedError
 from amalgam.evaluation.quality import Quality
 from amalgam.evaluation.texts import read_texts
+from amalgam.models.own_layers import KEY as OWN_LAYERS
+from amalgam.models.own_layers import TEXT
 from amalgam.runtime.derive import ensure_derived
 from amalgam.runtime.device import choose_device
 from amalgam.tools.evaluate import ALL, TextOptions, evaluate, plan_name, reference_settings
@@ -44,8 +46,8 @@ def export_model(
         texts: measure on them what the export does to the plan's divergence from the base checkpoint.
 
     Raises:
-        UnsupportedError: no such target, a family or weight that it does not know; with `is_strict` a weight that would
-            change.
+        UnsupportedError: no such target, a family, a weight or layers that it does not know; with `is_strict` a weight
+            that would change.
         ConfigError: an option that the target does not honour.
         CheckpointError: the folder is not empty, or there is no room for it.
         AmalgamError: whatever is wrong with the plan or its sources.
@@ -55,6 +57,7 @@ def export_model(
     if texts is not None:
         read_texts(texts.files)  # which may not be there: before anything that takes longer
     model = open_plan(settings, progress)
+    _check_layers(target, model)
     job = target.prepare(model, options)
     lossy = [change for change in job.changes if not change.is_exact]
     if is_strict and lossy:
@@ -97,6 +100,20 @@ def open_plan(settings: Settings, progress: Progress | None = None) -> PlannedMo
     device = choose_device("cpu")
     loader = ModelLoader(settings.model, settings.inference, device, settings.engine.num_load_threads)
     return PlannedModel(plan_name(settings), settings, loader, tuple(loader.plan()))
+
+
+def _check_layers(target: Target, model: PlannedModel) -> None:
+    """Raise UnsupportedError where layers have sizes of their own, which no other engine reads of these families."""
+    config = model.base.config
+    own = (config.get(TEXT) or config).get(OWN_LAYERS)
+    if not own or model.family.reads_own_layers:
+        return
+    counts = sorted(set(model.spec.expert_counts))
+    what = f"keep {counts[0]} to {counts[-1]} experts" if len(counts) > 1 else "have sizes of their own"
+    raise UnsupportedError(
+        f"The layers of {model.name} {what} (per_layer_config), and readers of {target.name} take one number for all.",
+        remedy="Prune as much of each layer: `amalgam prune` without --per-layer.",
+    )
 
 
 def _check_options(target: Target, options: ExportOptions) -> None:

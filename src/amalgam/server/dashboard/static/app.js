@@ -90,10 +90,10 @@ export function whyEmpty() {
 }
 
 // Shares of a layer's use, as multiples of the even share: [layers][experts]; null for a layer without use.
-export function relativeUse(values) {
-  return values.map((row) => {
+export function relativeUse({ values, expert_counts: counts }) {
+  return values.map((row, index) => {
     let sum = 0;
     for (const value of row) sum += value;
-    return sum > 0 ? row.map((value) => (value / sum) * row.length) : null;
+    return sum > 0 ? row.map((value) => (value / sum) * (counts?.[index] ?? row.length)) : null;
   });
 }

@@ -79,9 +79,9 @@ export function create() {
     describe: (row, expertId) => [
       t("cell_name", map.layerIds[row], expertId),
       ...(use?.[row] ? [t("of_even", format.times(use[row][expertId]))] : []),
-      ...map.projections.map((projection, part) => {
+      ...map.projections.flatMap((projection, part) => {
         const cell = map.cell(row, expertId, part);
-        return `${projection}: ${cell.format} · ${cell.source.slice(0, MAX_TIP_NAME)} · ${format.bytes(cell.bytes)}`;
+        return !cell.format ? [] : `${projection}: ${cell.format} · ${cell.source.slice(0, MAX_TIP_NAME)} · ${format.bytes(cell.bytes)}`;
       }),
     ],
   });
@@ -111,7 +111,7 @@ export function create() {
   }
 
   async function refresh() {
-    use = relativeUse((await getStatistics("experts/grid")).values);
+    use = relativeUse(await getStatistics("experts/grid"));
     adopt();
     redraw();
   }
@@ -131,7 +131,7 @@ export function create() {
       for (let expert = 0; expert < map.numExperts; expert += 1) {
         for (let part = 0; part < parts; part += 1) {
           const cell = map.formatAt(row, expert, parts === 1 ? Number(show.value) : part);
-          colors[at] = pick(table, cell.place);
+          colors[at] = cell ? pick(table, cell.place) : 0; // this layer has fewer experts
           at += 1;
         }
       }
@@ -351,6 +351,7 @@ function readMap(answer) {
   let totalBytes = 0;
   const each = (visit) => answer.formats.forEach((row, r) => row.forEach((parts, e) => parts.forEach((name, p) => visit(name, r, e, p))));
   each((name, row, expert, part) => {
+    if (!name) return; // this layer has fewer experts
     const size = answer.bytes[row][expert][part];
     const item = seen.get(name) ?? { name, count: 0, bytes: 0 };
     item.count += 1;
@@ -371,7 +372,7 @@ function readMap(answer) {
     layerIds, numExperts, projections, formats, formatAt, totalBytes,
     isNarrow: answer.is_narrow, // per expert
     isWide: answer.is_wide,
-    bitsPerLayer: answer.bits.map((row) => row.reduce((sum, bits) => sum + bits, 0) / numExperts),
+    bitsPerLayer: answer.bits.map((row) => row.reduce((sum, bits) => sum + bits, 0) / row.filter((bits) => bits > 0).length),
     cell: (row, expert, part) => ({
       format: answer.formats[row][expert][part], source: answer.sources[row][expert][part], bytes: answer.bytes[row][expert][part],
     }),

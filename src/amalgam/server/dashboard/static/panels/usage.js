@@ -142,7 +142,7 @@ export function create() {
     const columns = numExperts(answer);
     const isUse = data.kind === "use";
     const cells = [];
-    (isUse ? relativeUse(answer.values) : comparable(answer)).forEach((row, index) => row?.forEach((value, expertId) => {
+    (isUse ? relativeUse(answer) : comparable(answer)).forEach((row, index) => row?.forEach((value, expertId) => {
       if (value) cells.push([Math.abs(value), index, expertId, value]);
     }));
     cells.sort((a, b) => b[0] - a[0]);
@@ -151,7 +151,7 @@ export function create() {
         type: "button", class: "cell-chip", title: t("cell_name", answer.layer_ids[index], expertId),
         onclick: () => choose(answer.layer_ids[index], expertId),
       }, h("span", {}, `L${answer.layer_ids[index]}·E${expertId}`),
-      h("b", {}, isUse ? format.percent(value / columns) : format.points(value)))));
+      h("b", {}, isUse ? format.percent(value / (answer.expert_counts?.[index] ?? columns)) : format.points(value)))));
   }
 
   function mark() {
@@ -205,13 +205,14 @@ function comparable(answer) {
 const numExperts = (answer) => answer.num_experts ?? answer.difference?.[0]?.length ?? 0;
 
 function useView(answer, order) {
-  const relative = relativeUse(answer.values);
+  const relative = relativeUse(answer);
   const columns = numExperts(answer);
   const colors = new Uint32Array(answer.layer_ids.length * columns);
   const table = scale("diverging");
   const blank = empty();
   relative.forEach((row, index) => {
-    for (let column = 0; column < columns; column += 1) {
+    const count = answer.expert_counts?.[index] ?? columns; // others stay transparent
+    for (let column = 0; column < count; column += 1) {
       const value = row ? row[column] : 0;
       colors[index * columns + column] = value > 0 ? pick(table, (Math.log2(value) / OCTAVES + 1) / 2) : blank;
     }
