@@ -42,6 +42,16 @@ class Inputs:
         return self._finite(total / max(1, self.num_tokens))
 
     @cached_property
+    def mean_square(self) -> Tensor:
+        """The mean of x² over the tokens, float32 `[in]`; the diagonal of `second_moment`.
+
+        Raises:
+            CheckpointError: an input is NaN or infinite.
+        """
+        total = sum((chunk.square().sum(0) for chunk in self.chunks), start=torch.zeros(()))
+        return self._finite(total / max(1, self.num_tokens))
+
+    @cached_property
     def mean_magnitude(self) -> Tensor:
         """The mean of |x| over the tokens, float32 `[in]`.
 

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -32,6 +33,21 @@ from amalgam.models.weights import BlockWeights, WeightVersion
 See = Callable[[Inputs], Mapping[str, PackedWeight] | None]
 
 _X = "x"
+
+
+class ExpertWatch(Protocol):
+    """Sees how a layer's tokens are sent to its experts, and what these make of them."""
+
+    def routed(self, scores: Tensor) -> None:
+        """The router's scores of some tokens, before any choice: float32 `[tokens, experts]`."""
+
+    def added(self, expert_id: int, gates: Tensor, results: Tensor) -> None:
+        """What an expert adds to the tokens that it was sent.
+
+        Args:
+            gates: `[tokens]`, their gate weights.
+            results: `[tokens, hidden]`, gate weights included.
+        """
 
 
 class Stream:
@@ -83,7 +99,13 @@ class Stream:
 
     @torch.no_grad()
     def run(
-        self, layer_id: int, weights: Mapping[str, PackedWeight], see: See | None = None, *, advances: bool = True
+        self,
+        layer_id: int,
+        weights: Mapping[str, PackedWeight],
+        see: See | None = None,
+        *,
+        watch: ExpertWatch | None = None,
+        advances: bool = True,
     ) -> None:
         """Run one layer over all tokens.
 
@@ -91,6 +113,7 @@ class Stream:
             weights: of the layer, by slot (`layers.3.attention.q`).
             see: is shown the inputs of each group of projections before they are used. The weights that it returns
                 take the place of the group's from there on.
+            watch: is shown the routing and the experts' results.
             advances: whether `hidden` becomes what the layer makes of it.
 
         Raises:
@@ -107,7 +130,7 @@ class Stream:
                 frame.put(Rows(buffer, rows.shape[1], 0, rows.shape[1]), rows)
         kept = {x.buffer, *self._spec.carried}
         last_use = {rows.buffer: index for index, one in enumerate(program) for rows in rows_of(one)}
-        layer = _Layer(names, see, self._min_expert_tokens)
+        layer = _Layer(names, see, self._min_expert_tokens, watch)
         for index, instruction in enumerate(program):
             layer.execute(instruction, frames)
             for buffer in [name for name, last in last_use.items() if last == index and name not in kept]:
@@ -122,10 +145,13 @@ class Stream:
 class _Layer:
     """Runs a layer's instructions, one after the other over all frames, and shows what projections read."""
 
-    def __init__(self, names: Mapping[int, str], see: See | None, min_expert_tokens: int) -> None:
+    def __init__(
+        self, names: Mapping[int, str], see: See | None, min_expert_tokens: int, watch: ExpertWatch | None
+    ) -> None:
         self._names = names
         self._see = see
         self._min_expert_tokens = min_expert_tokens
+        self._watch = watch
         self._route: Route | None = None
 
     def execute(self, instruction: Instruction, frames: Sequence[Frame]) -> None:
@@ -144,6 +170,8 @@ class _Layer:
             instruction = replace(instruction, expand=expand)
         for frame in frames:
             execute(instruction, frame)
+            if isinstance(instruction, Route) and self._watch is not None:
+                self._watch.routed(linear(frame.get(instruction.x), instruction.weight, instruction.bias))
 
     def _replaced(
         self, weights: Sequence[PackedWeight], chunks: Sequence[Tensor], num_routed: int | None = None
@@ -167,8 +195,12 @@ class _Layer:
                 rows, place = (routing[0] == expert_id).nonzero(as_tuple=True)
                 chosen.append((rows, routing[1][rows, place] if one.weighs else torch.ones(len(rows))))
             results = self._expert(one, expert, x, [rows for rows, _ in chosen], self._near(expert_id, frames, chosen))
-            for total, (rows, share), result in zip(totals, chosen, results, strict=True):
-                total.index_add_(0, rows, result * share.unsqueeze(1))
+            for total, routing, (rows, share), result in zip(totals, routings, chosen, results, strict=True):
+                weighed = result * share.unsqueeze(1)
+                total.index_add_(0, rows, weighed)
+                if self._watch is not None:
+                    assert routing is not None
+                    self._watch.added(expert_id, routing[1][routing[0] == expert_id], weighed)
         for frame, total in zip(frames, totals, strict=True):
             frame.put(one.out, total)
 

@@ -32,6 +32,7 @@ from amalgam.formats.fused import FusedTensor
 from amalgam.formats.registry import writable_format
 from amalgam.kernels.backends import choose_backend
 from amalgam.kernels.layouts import INT4, is_known
+from amalgam.kernels.packed import PackedWeight
 from amalgam.models.registry import fused_tensors, read_spec
 from amalgam.models.spec import Slot
 from amalgam.models.weights import WeightVersion
@@ -211,6 +212,17 @@ class ModelLoader:
     def _keeps_bits(self, slot: Slot, bits: int, block: tuple[int, int] | None) -> bool:
         return block is not None and self._backend.keeps_bits(slot.shape, bits, block[1])
 
+    def prepare(self, slot: Slot, packed: PackedWeight) -> PackedWeight:
+        """A weight that comes from no source, as `build` packs one of this slot."""
+        if not self._is_multiplied(slot):
+            return packed.to(self.device)
+        is_bf16 = packed.is_floating and packed.dense.dtype is torch.bfloat16
+        codes = is_bf16 and codes_bf16(slot, self._inference, self._backend)
+        return self._backend.prepare(packed, self.activation, codes=codes)
+
+    def _is_multiplied(self, slot: Slot) -> bool:
+        return slot.is_linear or slot.decides or (slot.role == "embedding" and self.spec.has_tied_head)
+
     def maps(self, weight_format: WeightFormat) -> bool:
         """Whether weights of a format become pages of the packed cache instead of memory of the process."""
         return self.cache_folder is not None and all(map(is_known, weight_format.layouts))
@@ -335,7 +347,7 @@ class ModelLoader:
                 f"Weight {choice.name!r} is stored as {stored.format.name} in source {choice.source!r}.",
                 remedy=f"A {slot.role} must be floating: choose another source for it.",
             )
-        is_multiplied = slot.is_linear or slot.decides or (slot.role == "embedding" and self.spec.has_tied_head)
+        is_multiplied = self._is_multiplied(slot)
         activation = self.activation if is_multiplied else None
         quantize_to = self._quantize_to(slot, choice, stored)
         coded_bytes = self._coded_bytes(slot, quantize_to or stored.format) if is_multiplied else None

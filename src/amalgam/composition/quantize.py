@@ -12,9 +12,8 @@ import hashlib
 import json
 import math
 import re
-from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
 from typing import Any
@@ -43,13 +42,13 @@ from amalgam.composition.quantizing.report import QuantizeReport
 from amalgam.composition.quantizing.shards import Shards, has_shards
 from amalgam.composition.quantizing.weights import LayerResult, WeightQuantizer
 from amalgam.composition.source import CONFIG_NAME, Source
+from amalgam.composition.wide import WideModel, layer_of
 from amalgam.errors import CheckpointError
 from amalgam.formats.contract import WritableFormat
 from amalgam.formats.grid import QuantizeOptions
 from amalgam.formats.registry import writable_format
 from amalgam.kernels.layouts import dense
 from amalgam.kernels.packed import PackedWeight
-from amalgam.models.registry import fused_tensors, read_spec
 from amalgam.models.spec import ModelSpec, Slot
 from amalgam.text.tokenizer import Tokenizer
 from amalgam.version import __version__
@@ -99,21 +98,8 @@ def make_checkpoint(
     """
     weight_format = writable_format(recipe.format_name)
     recipe.check(weight_format)
-    source = Source.open("base", checkpoint, fused_tensors)
-    if not source.config:
-        raise CheckpointError(source.config_place, remedy=f"The model's sizes stand in {CONFIG_NAME}.")
-    family, spec = read_spec(source.config, source.config_place)
-    slots = {family.logical_name(slot): slot for slot in spec.slots}
-    source = replace(source, weights=family.with_whole_names(source.weights, slots))
-    missing = [name for name in slots if name not in source.weights]
-    if missing:
-        raise CheckpointError(f"{source.folder} lacks {len(missing)} weights, for instance {missing[0]!r}.")
-    narrow = [name for name in slots if not source.weights[name].is_wide]
-    if narrow:
-        raise CheckpointError(
-            f"{source.folder} is quantized already: {len(narrow)} weights, for instance {narrow[0]!r}.",
-            remedy="Give the bf16, fp16 or fp32 checkpoint.",
-        )
+    model = WideModel.open(checkpoint)
+    source, family, spec, slots = model.source, model.family, model.spec, dict(model.slots)
     report = QuantizeReport(out_folder, recipe.format_name, recipe.method)
     others = weights_besides(source, family, spec, slots)
     report.carried = others if carries_others else []
@@ -128,19 +114,10 @@ def make_checkpoint(
             "quantization_config": work.quantization_config(drafts_among(report.carried, spec)),
         }
         if source.store.metadata and "dtype" not in config:
-            config["dtype"] = _main_dtype(source, slots)
+            config["dtype"] = model.main_dtype
         write_json(folder / CONFIG_NAME, config)
         report.left_out_files = carry_files(source.store, folder)
     return report
-
-
-def _main_dtype(source: Source, slots: dict[str, Slot]) -> str:
-    """The type that most weights of a GGUF file have: its metadata do not say."""
-    sizes: Counter[str] = Counter()
-    for name in slots:
-        for part in source.weights[name].parts.values():
-            sizes[str(part.dtype).removeprefix("torch.")] += part.nbytes
-    return sizes.most_common(1)[0][0]
 
 
 @dataclass(frozen=True)
@@ -233,7 +210,7 @@ class _Work:
         return parts
 
     def _units(self) -> Iterator[_Unit]:
-        for layer_id, group in groupby(self._slots, lambda name: _layer_of(self._slots[name])):
+        for layer_id, group in groupby(self._slots, lambda name: layer_of(self._slots[name])):
             yield _Unit(layer_id, list(group))
         for name in self._report.carried:
             yield _Unit(None, [name])
@@ -246,7 +223,7 @@ class _Work:
         outside = {
             slot.name: self._wide(name, slot)
             for name, slot in self._slots.items()
-            if slot.role != "head" and _layer_of(slot) is None
+            if slot.role != "head" and layer_of(slot) is None
         }
         return Stream(self._spec, self._token_ids, outside, min_expert_tokens=self._recipe.texts.min_expert_tokens)
 
@@ -366,8 +343,3 @@ class _Work:
 
 def _is_quantized(slot: Slot) -> bool:
     return slot.is_linear and slot.role != "head"
-
-
-def _layer_of(slot: Slot) -> int | None:
-    found = re.match(r"layers\.(\d+)\.", slot.name)
-    return None if found is None else int(found[1])
