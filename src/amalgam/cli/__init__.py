@@ -33,6 +33,7 @@ VERBS = (
     "fit",
     "config",
     "quantize",
+    "prune",
     "export",
     "evaluate",
     "analyze",
