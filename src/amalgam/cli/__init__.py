@@ -35,6 +35,7 @@ VERBS = (
     "quantize",
     "prune",
     "export",
+    "distill",
     "evaluate",
     "analyze",
     "estimate",

@@ -19,14 +19,27 @@ if TYPE_CHECKING:
     from amalgam.tools.batch import Defaults, InputFile, Totals
     from amalgam.tools.journal import Journal
 
-_INTERRUPTED = 130
+INTERRUPTED = 130
 # Settings of the server that change answers.
 _SHAPING = {"chat_template", "embedding_pooling", "reasoning_parser", "served_model_names", "tool_parser"}
 _MAX_NEW_TOKENS = 128  # of a prompt, where neither the user nor the model says
 
 
 def answer_lines(settings: Settings, source: Path, output: Path, params: SamplingParams, *, as_json: bool) -> int:
-    """Answer what an earlier run has not, and write the output once everything is there."""
+    """Answer what an earlier run has not, and say what was done."""
+    totals = write_answers(settings, source, output, params)
+    if totals is None:
+        return INTERRUPTED
+    _show(totals, output, as_json=as_json)
+    return 0
+
+
+def write_answers(settings: Settings, source: Path, output: Path, params: SamplingParams) -> Totals | None:
+    """Answer what an earlier run has not, and write the output once everything is there.
+
+    Returns:
+        None: it was interrupted, and said so.
+    """
     from amalgam.cli.console import note, progress_bar
     from amalgam.runtime.opening import open_deployment
     from amalgam.tools.batch import Defaults, InputFile, Totals
@@ -62,12 +75,11 @@ def answer_lines(settings: Settings, source: Path, output: Path, params: Samplin
                 num_kept = len(journal.done)
                 note(f"Interrupted. {num_kept} of {totals.num_lines} lines are answered and kept in "
                      f"{partial_of(output)}; the same command goes on.")  # fmt: skip
-                return _INTERRUPTED
+                return None
             finally:
                 deployment.close()
         journal.finish(totals.num_lines)
-    _show(totals, output, as_json=as_json)
-    return 0
+    return totals
 
 
 async def _run(

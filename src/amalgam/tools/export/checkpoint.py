@@ -69,6 +69,10 @@ class _Piece:
 class CheckpointJob(Job):
     """Writes decided weights.
 
+    Args:
+        values: logical name → what a weight is to be in place of what its source holds, in the runtime layout that it
+            has from there.
+
     Raises:
         UnsupportedError: the family keeps weights in tensors that hold no quantized ones.
         PlanError: sources that weights were moved to do not fit their neighbours.
@@ -80,10 +84,12 @@ class CheckpointJob(Job):
         decisions: Sequence[Decision],
         dialect: Dialect,
         notes: Sequence[str] = (),
+        values: Mapping[str, PackedWeight] | None = None,
     ) -> None:
         self._model = model
         self._decisions = decisions
         self._dialect = dialect
+        self._values = values or {}
         self._check_moved()
         self._besides = weights_besides(model.base, model.family, model.spec, set(model.by_name))
         self._pieces = list(self._all_pieces())
@@ -191,7 +197,8 @@ class CheckpointJob(Job):
                 continue
             for part in stored.parts.values():
                 by_tensor.setdefault(whole_of(part), []).append(decision.name)
-            if decision.form.is_float and decision.weight.stored is stored:
+            is_kept = decision.form.is_float and decision.weight.stored is stored
+            if is_kept and decision.name not in self._values:
                 kept.add(decision.name)
         stays = self._dialect.keeps_stacked or not all(map(self._is_divisible, self._model.by_name))
         pieces: dict[str, _Piece] = {}
@@ -263,7 +270,7 @@ class CheckpointJob(Job):
             tensors = {role: owned(weight.source.read(part)) for role, part in parts.items()}
             weight.source.release(*parts.values())
             return {f"{self._module(name)}.{role}": tensor for role, tensor in tensors.items()}
-        packed = converted(name, weight.unprepared(), form, decision.is_same)
+        packed = converted(name, self._values.get(name) or weight.unprepared(), form, decision.is_same)
         if form.is_float:
             values = packed.dense.t().contiguous() if weight.slot.is_transposed else packed.dense
             return {self._tensor_name(name): values}
@@ -273,6 +280,7 @@ class CheckpointJob(Job):
     def _is_carried(self, decision: Decision) -> bool:
         weight = decision.weight
         is_plain = weight.quantize_to is None and weight.stored.arrange is None and not decision.form.is_float
+        is_plain = is_plain and decision.name not in self._values
         return is_plain and decision.form == form_of(weight) and self._dialect.is_native(decision.form, weight.stored)
 
     def _beside(self, name: str, stored: StoredWeight) -> Tensors:

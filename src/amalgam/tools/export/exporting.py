@@ -7,6 +7,8 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
+import torch
+
 from amalgam.base.files import partial_folder, resumable_folder, writing
 from amalgam.composition.loader import ModelLoader
 from amalgam.composition.progress import Progress
@@ -17,11 +19,11 @@ from amalgam.evaluation.texts import read_texts
 from amalgam.models.own_layers import KEY as OWN_LAYERS
 from amalgam.models.own_layers import TEXT
 from amalgam.runtime.derive import ensure_derived
-from amalgam.runtime.device import choose_device
 from amalgam.tools.evaluate import ALL, TextOptions, evaluate, plan_name, reference_settings
 from amalgam.tools.export.contract import Change, ExportOptions, ExportReport, Job, PlannedModel, Target
 from amalgam.tools.export.registry import find_target
 
+_CPU = torch.device("cpu")
 _SPARE_BYTES = 2**26  # for what stands beside the weights
 _DEFAULTS = ExportOptions()
 _MAX_NAMED = 3
@@ -90,14 +92,16 @@ def export_model(
     )
 
 
-def open_plan(settings: Settings, progress: Progress | None = None) -> PlannedModel:
+def open_plan(settings: Settings, progress: Progress | None = None, device: torch.device = _CPU) -> PlannedModel:
     """Open and check a plan; makes derived sources first.
+
+    Args:
+        device: where it would be loaded.
 
     Raises:
         AmalgamError: whatever is wrong with it.
     """
     ensure_derived(settings, progress)
-    device = choose_device("cpu")
     loader = ModelLoader(settings.model, settings.inference, device, settings.engine.num_load_threads)
     return PlannedModel(plan_name(settings), settings, loader, tuple(loader.plan()))
 

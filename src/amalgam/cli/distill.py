@@ -1,0 +1,206 @@
+"""`amalgam distill`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from amalgam.cli.options import with_settings
+from amalgam.config.settings import Settings
+from amalgam.errors import ConfigError
+
+if TYPE_CHECKING:
+    from amalgam.tools.distill import DistillReport
+    from amalgam.training.trainer import Look
+
+_MAX_NAMED = 20
+_PLAN_FILES = (".yaml", ".yml")
+
+
+@with_settings(needs_model=False, shown=("inference.device_map", "inference.dtype"))
+def command(
+    settings: Settings,
+    folder: Annotated[
+        Path, typer.Argument(help="Folder to write; must not exist. An interrupted run goes on when it is repeated.")
+    ],
+    teacher: Annotated[
+        str | None,
+        typer.Option(metavar="PLAN|MODEL", help="Who is learned from. Default: the student, every weight from base."),
+    ] = None,
+    student: Annotated[
+        str | None,
+        typer.Option(
+            metavar="PLAN|MODEL",
+            help="Who learns: a configuration (YAML), a model, or a folder with nothing but a config.json. Default: "
+            "what --config or --model say, or with --width or --layers a smaller model of the teacher's kind.",
+        ),
+    ] = None,
+    width: Annotated[
+        float | None,
+        typer.Option(
+            min=0.01, max=1.0, help="Make the student: so much of the teacher's channels, heads, inner sizes."
+        ),
+    ] = None,
+    layers: Annotated[
+        int | None, typer.Option(min=1, help="Make the student: so many of the teacher's layers.")
+    ] = None,
+    init: Annotated[
+        str, typer.Option(help="A student that is made begins with slices of the teacher's weights, or random ones.")
+    ] = "slices",
+    text: Annotated[
+        list[str] | None,
+        typer.Option("--text", metavar="[NAME=]FILE", help="Text to learn from: .txt, .jsonl or .json. Repeatable."),
+    ] = None,
+    prompts: Annotated[
+        Path | None,
+        typer.Option(help="Prompts that the teacher answers first, JSONL as of `generate --input`; learn from these."),
+    ] = None,
+    answers: Annotated[
+        Path | None,
+        typer.Option(help="Where the answers are kept; learn from what is there. Default: beside the folder."),
+    ] = None,
+    heldout: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--heldout",
+            metavar="[NAME=]FILE",
+            help="Text that says when to stop and what was gained. Default: a fifth of what is given. Repeatable.",
+        ),
+    ] = None,
+    window: Annotated[int, typer.Option(min=2, help="Tokens of a text that are computed together.")] = 256,
+    tokens: Annotated[int | None, typer.Option(min=2, help="Most tokens of all texts, as many of each file.")] = None,
+    temperature: Annotated[float, typer.Option(help="Softens both distributions of the divergence.")] = 1.0,
+    alpha: Annotated[
+        float, typer.Option(min=0.0, max=1.0, help="Share of the divergence; the rest is the text's own tokens.")
+    ] = 1.0,
+    kl: Annotated[
+        str, typer.Option(help="forward: KL(teacher ‖ student); reverse: KL(student ‖ teacher).")
+    ] = "forward",
+    train: Annotated[
+        str | None,
+        typer.Option(
+            metavar="KINDS",
+            help="What learns, with commas: scales, codes (rounded anew beside their scales), norms, biases, routers, "
+            "wide (other floating weights). Default: scales,norms,biases,routers of a quantized student, else all but "
+            "codes and scales.",
+        ),
+    ] = None,
+    rank: Annotated[
+        int | None, typer.Option(min=1, help="Train codes and wide by low-rank updates, merged in the end.")
+    ] = None,
+    steps: Annotated[int, typer.Option(min=1, help="Most steps.")] = 200,
+    batch_tokens: Annotated[int, typer.Option(min=2, help="Tokens of a step, about.")] = 2048,
+    part_tokens: Annotated[int, typer.Option(min=2, help="Tokens that are in memory at once.")] = 2048,
+    lr: Annotated[float, typer.Option("--lr", min=1e-9, help="Largest learning rate.")] = 1e-3,
+    eval_every: Annotated[int, typer.Option(min=1, help="Steps from one look at held-out text to the next.")] = 20,
+    patience: Annotated[
+        int, typer.Option(min=0, help="End behind so many looks that found nothing better. 0: never before --steps.")
+    ] = 5,
+    save_every: Annotated[int, typer.Option(min=1, help="Steps that a kill may cost.")] = 20,
+    seed: Annotated[int, typer.Option(min=0, help="Of the order of texts, and of what is drawn.")] = 0,
+    curve: Annotated[Path | None, typer.Option(metavar="OUT.html", help="Draw losses and divergence by steps.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document.")] = False,
+) -> int:
+    """Let a model learn from another: heal a low-precision plan, or train a smaller student."""
+    from amalgam.cli.console import note, print_json, progress_bar
+    from amalgam.tools.distill import DistillOptions, distill, write_curve
+    from amalgam.tools.initial_student import Beginning
+    from amalgam.training.initial import Shape
+    from amalgam.training.losses import DistillationLoss
+    from amalgam.training.trainer import TrainingOptions
+
+    folder = folder.expanduser()
+    if answers is None and prompts is not None:
+        answers = folder.absolute().with_name(f"{folder.name}.answers.jsonl")
+    shape = None if width is None and layers is None else Shape(1.0 if width is None else width, layers)
+    options = DistillOptions(
+        texts=text or [],
+        answers=answers,
+        held_out=heldout or [],
+        window=window,
+        max_tokens=tokens,
+        loss=DistillationLoss(temperature, alpha, kl),  # type: ignore[arg-type]
+        training=TrainingOptions(
+            steps=steps, batch_tokens=batch_tokens, part_tokens=part_tokens, learning_rate=lr, eval_every=eval_every,
+            patience=patience, save_every=save_every, seed=seed,
+        ),
+        kinds=None if train is None else frozenset(part.strip() for part in train.split(",")),  # type: ignore[misc]
+        rank=rank,
+        beginning=Beginning(shape, init, seed),  # type: ignore[arg-type]
+    )  # fmt: skip
+    if student is not None and settings.model.base_path:
+        raise ConfigError("--student is given beside --config or --model.", remedy="Give one of them.")
+    pupil = _plan(student, settings) if student is not None else settings if settings.model.base_path else None
+    master = None if teacher is None else _plan(teacher, settings)
+    if prompts is not None and answers is not None and not answers.exists():
+        code = _let_answer(master or pupil, prompts, answers, seed)
+        if code:
+            return code
+    with progress_bar("steps") as progress:
+        report = distill(master, pupil, folder, options, on_look=lambda look: note(_look_line(look)), progress=progress)
+    if curve is not None:
+        write_curve(report, curve.expanduser())
+    if as_json:
+        print_json(report.as_json())
+    else:
+        _show(report)
+    return 0
+
+
+def _plan(name: str, settings: Settings) -> Settings:
+    """A configuration's settings, or those of this call with another model."""
+    if not name.endswith(_PLAN_FILES):
+        return settings.replace(model={"base_path": name})
+    from amalgam.config.reading import load_settings
+
+    return load_settings(name)
+
+
+def _let_answer(teacher: Settings | None, prompts: Path, answers: Path, seed: int) -> int:
+    """Let the teacher write what is learned from."""
+    from amalgam.cli.batch import INTERRUPTED, write_answers
+    from amalgam.engine.params import SamplingParams
+
+    if teacher is None:
+        raise ConfigError("No teacher is given.", remedy="Name one with --teacher.")
+    totals = write_answers(teacher, prompts.expanduser(), answers, SamplingParams(seed=seed))
+    return 0 if totals is not None else INTERRUPTED
+
+
+def _look_line(look: Look) -> str:
+    return f"step {look.step}: KL divergence {look.divergence:.5f}, loss {look.loss:.4f} on held-out text"
+
+
+def _show(report: DistillReport) -> None:
+    from amalgam.cli.console import human_bytes, interval, note, print_table, say
+
+    outcome = report.outcome
+    rows: list[tuple[str, ...]] = [
+        (
+            name,
+            human_bytes(nbytes),
+            interval(quality.perplexity, "{:.2f}"),
+            interval(quality.divergence, "{:.5f}"),
+            interval(quality.agreement, "{:.2%}"),
+        )
+        for name, nbytes, quality in (
+            ("before", report.before_bytes, report.before),
+            ("after", report.after_bytes, report.after),
+        )
+    ]
+    rows.append(("teacher", "", interval(report.teacher_quality.perplexity, "{:.2f}"), "", ""))
+    columns = ("held out", "weights", "perplexity", "KL divergence", "top-1")
+    print_table(columns, rows, f"{report.student} learned from {report.teacher}")
+    ending = ", where held-out text found nothing better" if outcome.is_stopped else ""
+    say(
+        f"Divergence {interval(report.difference, '{:+.1%}')} in {len(outcome.curve)} steps{ending} "
+        f"({outcome.num_tokens:,} tokens, {outcome.seconds:.0f} s); best behind step {outcome.best_step}. Trained: "
+        f"{', '.join(report.trained)}, {report.num_parameters:,} numbers. Wrote {report.folder}."
+    )
+    if report.left_out:
+        more = f" and {len(report.left_out) - _MAX_NAMED} more" if len(report.left_out) > _MAX_NAMED else ""
+        say(f"Not carried over: {', '.join(report.left_out[:_MAX_NAMED])}{more}")
+    for remark in report.remarks:
+        note(remark)

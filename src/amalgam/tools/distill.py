@@ -1,0 +1,422 @@
+"""A student learns from a teacher: what `amalgam distill` does.
+
+In: settings of both, files of texts or answers. Out: a checkpoint folder in the layouts that the student came in, with
+what it has cost and gained in `distillation.json`; it appears whole or not at all.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from amalgam.base.files import partial_folder, replace_file, resumable_folder, writing
+from amalgam.composition.planned import PlannedWeight
+from amalgam.composition.progress import Progress
+from amalgam.config.settings import Settings
+from amalgam.errors import CheckpointError, ConfigError, UnsupportedError
+from amalgam.evaluation.confidence import Bootstrap, Interval
+from amalgam.evaluation.quality import Quality, Reference, remarks, summarise
+from amalgam.evaluation.running import Contestant, open_contestant
+from amalgam.evaluation.texts import DEFAULT_WINDOW, Sample, read_texts, sample_of
+from amalgam.models.spec import Slot
+from amalgam.runtime.device import choose_device
+from amalgam.runtime.threads import set_threads
+from amalgam.text.files import has_tokenizer
+from amalgam.text.tokenizer import Tokenizer
+from amalgam.tools.evaluate import reference_settings
+from amalgam.tools.export.checkpoint import CheckpointJob
+from amalgam.tools.export.choosing import Decision, Engine, changes_of, choose, no_units
+from amalgam.tools.export.contract import PlannedModel
+from amalgam.tools.export.exporting import open_plan
+from amalgam.tools.export.targets.compressed import dialect
+from amalgam.tools.initial_student import Beginning, is_bare, make_student
+from amalgam.training.drawing import curve_html
+from amalgam.training.lessons import Lesson, lessons_of, read_answers, windows_of
+from amalgam.training.losses import DistillationLoss
+from amalgam.training.selection import HEALING, LEARNING, Kind, Selection, has_trainable_scales, trained_weights
+from amalgam.training.state import is_begun
+from amalgam.training.student import Student
+from amalgam.training.trainer import DistillationTrainer, Look, Outcome, Teacher, TrainingOptions
+from amalgam.version import __version__
+
+REPORT = "distillation.json"
+HELD_OUT_SHARE = 0.2
+_STATE, _INITIAL = "training", "initial"  # folders inside the unfinished one
+_BYTES_PER_PARAMETER = 16  # now, at its best, and two means of the optimizer
+_SPARE_BYTES = 2**26
+_MAX_NAMED = 3
+
+
+@dataclass(frozen=True)
+class DistillOptions:
+    """What may be asked of a distillation.
+
+    Attributes:
+        texts, answers: files to learn from; of answers, those that a teacher wrote to prompts.
+        held_out: files that say when to stop, and what was gained; empty: a fifth of the documents, not learned from.
+        window: tokens of a text that are computed together.
+        max_tokens: of the texts, as many of each; None: all.
+        kinds: what learns; None: of a quantized student `HEALING`, of another one `LEARNING`.
+        rank: see `Selection`.
+        beginning: of a student that is yet to be made.
+    """
+
+    texts: Sequence[str] = ()
+    answers: Path | None = None
+    held_out: Sequence[str] = ()
+    window: int = DEFAULT_WINDOW
+    max_tokens: int | None = None
+    loss: DistillationLoss = field(default_factory=DistillationLoss)
+    training: TrainingOptions = field(default_factory=TrainingOptions)
+    kinds: frozenset[Kind] | None = None
+    rank: int | None = None
+    beginning: Beginning = field(default_factory=Beginning)
+
+
+@dataclass(frozen=True)
+class DistillReport:
+    """What was learned.
+
+    Attributes:
+        before, after: the student on held-out text against the teacher, as it is served.
+        difference: of its divergence, as a share, by draws of the same documents.
+        before_bytes, after_bytes: of its weights, as stored.
+        trained: kinds of weights.
+    """
+
+    folder: Path
+    teacher: str
+    student: str
+    before: Quality
+    after: Quality
+    teacher_quality: Quality
+    difference: Interval
+    before_bytes: int
+    after_bytes: int
+    trained: Sequence[str]
+    num_parameters: int
+    outcome: Outcome
+    remarks: Sequence[str]
+    left_out: Sequence[str] = field(default_factory=tuple)
+
+    def as_json(self) -> dict[str, Any]:
+        return {**asdict(self), "folder": str(self.folder)}
+
+
+class _Texts(NamedTuple):
+    """`digest` names all of their tokens."""
+
+    lessons: Sequence[Lesson]
+    held_out: Sample
+    digest: str
+
+
+def distill(
+    teacher: Settings | None,
+    student: Settings | None,
+    folder: Path,
+    options: DistillOptions,
+    *,
+    on_look: Callable[[Look], None] = lambda look: None,
+    progress: Progress | None = None,
+) -> DistillReport:
+    """Train a student against a teacher, and write it into `folder`; a run that was interrupted goes on.
+
+    Args:
+        teacher: None: the student with every weight from base.
+        student: None: a smaller model of the teacher's kind, as `options.beginning` says.
+        on_look: is told how the student does on held-out text.
+
+    Raises:
+        ConfigError: options that do not fit each other, texts that cannot be read, a loss that is NaN.
+        CheckpointError: the folder exists, there is no room, a model is damaged.
+        ConflictError: an interrupted run had other options; somebody else is writing the folder.
+        UnsupportedError: a weight that the result cannot hold as it is.
+        AmalgamError: whatever is wrong with a plan.
+    """
+    with resumable_folder(folder, lambda partial: is_begun(partial / _STATE)) as partial, writing(folder):
+        return _Distillation(teacher, student, partial, folder.name, options, progress).run(folder, on_look)
+
+
+class _Distillation:
+    """One run, in the folder that will be the student's."""
+
+    def __init__(
+        self,
+        teacher: Settings | None,
+        student: Settings | None,
+        partial: Path,
+        name: str,
+        options: DistillOptions,
+        progress: Progress | None,
+    ) -> None:
+        bare = _bare_folder(student)
+        if teacher is None:
+            if student is None or bare is not None:
+                raise ConfigError("No teacher is given.", remedy="Name one with --teacher.")
+            teacher = reference_settings(student)
+        self._name = name
+        self._partial, self._options, self._progress = partial, options, progress
+        set_threads(teacher.engine)
+        self._device = choose_device(teacher.inference.device_map)
+        self._teacher = open_plan(teacher, progress, self._device)
+        self._student = open_plan(self._begun(student), progress, self._device)
+        self._remarks: list[str] = []
+        self._tokenizer = Tokenizer.load(self._teacher.loader.base_folder, self._teacher.loader.base_metadata)
+        self._check_vocabulary(bare)
+        self._texts = self._read()
+        self._selection = self._select()
+        self._decisions = self._decide()
+
+    # --- What is trained ---
+
+    def _begun(self, student: Settings | None) -> Settings:
+        """The student's settings; one that has no weights yet gets some."""
+        bare, beginning = _bare_folder(student), self._options.beginning
+        if student is not None and bare is None:
+            if beginning.shape is not None:
+                raise ConfigError(
+                    f"{student.model.base_path} has weights: its width and its layers are what they are.",
+                    remedy="Leave --width and --layers out, or name the teacher alone.",
+                )
+            return student
+        if bare is None and beginning.shape is None:
+            raise ConfigError("No student is given.", remedy="Name one with --student, or give --width or --layers.")
+        folder = self._partial / _INITIAL
+        if not folder.exists():
+            make_student(self._teacher, bare, beginning, folder)
+        settings = student or self._teacher.settings
+        return settings.replace(model={"base_path": str(folder), "name": self._name})
+
+    def _select(self) -> Selection:
+        is_quantized = any(not weight.format.is_wide for weight in self._student.planned)
+        kinds = self._options.kinds or (HEALING if is_quantized else LEARNING)
+        return Selection(kinds, self._options.rank)
+
+    def _decide(self) -> list[Decision]:
+        """How each weight is stored in the end: as it is.
+
+        Raises:
+            UnsupportedError: some cannot be.
+        """
+        found = choose(self._student, Engine("a trained checkpoint", _is_kept, no_units), "none")
+        changed = [change for change in changes_of(self._student, found) if not change.is_exact]
+        if changed:
+            some = ", ".join(f"{change.name} ({change.before})" for change in changed[:_MAX_NAMED])
+            raise UnsupportedError(
+                f"{len(changed)} weights of the student are stored in ways that nothing can be put into again: {some}.",
+                remedy="Take them from a checkpoint that `amalgam quantize` has made.",
+            )
+        return found
+
+    # --- What is read ---
+
+    def _check_vocabulary(self, bare: Path | None) -> None:
+        mine, theirs = self._student.spec.vocab_size, self._teacher.spec.vocab_size
+        if mine != theirs:
+            raise ConfigError(
+                f"The student has {mine} tokens and the teacher {theirs}.",
+                remedy="A divergence needs one vocabulary: choose a student of the teacher's kind, or let the teacher "
+                "write answers and train the student on these with its own base as the teacher and --alpha 0.",
+            )
+        self._tokenizer.check_vocabulary(theirs)
+        loader = self._student.loader
+        others = [Tokenizer.load(loader.base_folder, loader.base_metadata)]
+        if bare is not None and has_tokenizer(bare):
+            others.append(Tokenizer.load(bare))
+        tokens = [self._tokenizer.first_difference(other) for other in others]
+        different = next((token for token in tokens if token is not None), None)
+        if different is not None:
+            raise ConfigError(
+                f"Token {different} is another one for the student than for the teacher.",
+                remedy="A divergence needs one tokenizer: choose a student of the teacher's kind.",
+            )
+
+    def _read(self) -> _Texts:
+        options, tokenizer = self._options, self._tokenizer
+        longest = min(self._teacher.spec.max_positions, self._student.spec.max_positions)
+        if options.window > longest:
+            raise ConfigError(
+                f"The window is {options.window} tokens, and the models have {longest} positions.",
+                remedy="Choose a smaller one.",
+            )
+        if not options.texts and options.answers is None:
+            raise ConfigError("Nothing is given to learn from.", remedy="Give --text FILE or --prompts FILE.")
+        samples = [self._sample(options.texts)] if options.texts else []
+        answers = [] if options.answers is None else read_answers(options.answers, tokenizer, options.window)
+        return self._split(samples, answers)
+
+    def _split(self, samples: Sequence[Sample], answers: Sequence[Lesson]) -> _Texts:
+        options = self._options
+        seed = options.training.seed
+        if options.held_out:
+            learned = [lesson for sample in samples for lesson in lessons_of(sample)]
+            held_out = self._sample(options.held_out)
+            lessons = [*learned, *answers]
+        elif samples:
+            first, held_out = samples[0].split(HELD_OUT_SHARE, seed)
+            lessons = [*lessons_of(first), *answers]
+        else:
+            order = torch.randperm(len(answers), generator=torch.Generator().manual_seed(seed)).tolist()
+            count = round(HELD_OUT_SHARE * len(answers))
+            held_out = Sample(tuple(windows_of([answers[index] for index in order[:count]])), "answers")
+            lessons = [answers[index] for index in order[count:]]
+        if not lessons or not held_out.windows:
+            raise ConfigError(
+                f"{len(lessons)} windows are left to learn from, and {len(held_out.windows)} are held out.",
+                remedy="Give more text, or text to hold out (--heldout).",
+            )
+        digest = hashlib.sha256(repr(lessons).encode()).hexdigest()[:16]
+        return _Texts(lessons, held_out, f"{digest}-{held_out.digest}")
+
+    def _sample(self, files: Sequence[str]) -> Sample:
+        options = self._options
+        documents = read_texts(files)
+        return sample_of(
+            documents, self._tokenizer, window=options.window, max_tokens=options.max_tokens, seed=options.training.seed
+        )
+
+    # --- The run ---
+
+    def run(self, folder: Path, on_look: Callable[[Look], None]) -> DistillReport:
+        student = self._made_student()
+        self._check_space(folder, student)
+        teacher = self._opened(self._teacher, "the teacher")
+        reference = Reference(teacher, self._texts.held_out, self._progress)
+        own = summarise(reference.figures(), has_reference=False)
+        vocab_size = self._teacher.spec.vocab_size
+        self._remarks += remarks(own, self._texts.held_out, vocab_size)
+        before = reference.figures(self._opened(self._student, "the student"), self._progress)
+        trainer = DistillationTrainer(
+            student, Teacher(teacher), self._options.loss, self._options.training, lessons_of(self._texts.held_out),
+            on_look,
+        )  # fmt: skip
+        state = self._partial / _STATE
+        state.mkdir(exist_ok=True)
+        outcome = trainer.train(self._texts.lessons, state, self._identity(), self._progress)
+        left_out = self._write(student)
+        written = open_plan(self._settings_of(self._partial), self._progress, self._device)
+        after = reference.figures(self._opened(written, "the trained student"), self._progress)
+        report = DistillReport(
+            folder=folder,
+            teacher=self._teacher.name,
+            student=self._student.name,
+            before=summarise(before),
+            after=summarise(after),
+            teacher_quality=own,
+            difference=Bootstrap(before.units).ratio_of_means(after.divergence, before.divergence),
+            before_bytes=sum(weight.nbytes for weight in self._student.planned),
+            after_bytes=sum(weight.nbytes for weight in written.planned),
+            trained=sorted(self._selection.kinds),
+            num_parameters=sum(leaf.numel() for leaf in student.parameters.values()),
+            outcome=outcome,
+            remarks=self._remarks,
+            left_out=left_out,
+        )
+        replace_file(self._partial / REPORT, json.dumps(report.as_json(), indent=1))
+        shutil.rmtree(self._partial / _INITIAL, ignore_errors=True)
+        shutil.rmtree(state)
+        return report
+
+    def _made_student(self) -> Student:
+        planned = self._student.planned
+        device = self._device
+        weights = {weight.slot.name: weight.unprepared().to(device) for weight in planned}
+        bits = {weight.slot.name: weight.stored.bits for weight in planned if weight.quantize_to is None}
+        bits |= {weight.slot.name: weight.quantize_to.bits for weight in planned if weight.quantize_to is not None}
+        stuck = [slot for slot, weight in weights.items() if _is_stuck(weight)]
+        if stuck and self._selection.kinds & {"scales", "codes"}:
+            self._remarks.append(f"{len(stuck)} weights have scales that are powers of two, and stay as they are.")
+        trained = trained_weights(
+            self._student.spec.slots, weights, bits, self._selection, self._wide_of(), self._options.training.seed
+        )
+        longest = max(len(lesson.token_ids) for lesson in (*self._texts.lessons, *lessons_of(self._texts.held_out)))
+        return Student(self._student.spec, weights, trained, longest, device)
+
+    def _wide_of(self) -> Callable[[str], Tensor | None]:
+        """The teacher's weights, where it is the model that the student was made from."""
+        if self._teacher.spec != self._student.spec:
+            return lambda slot: None
+        found: Mapping[str, PlannedWeight] = {weight.slot.name: weight for weight in self._teacher.planned}
+        return lambda slot: found[slot].unprepared().dequantize(torch.float32).to(self._device)
+
+    def _opened(self, model: PlannedModel, name: str) -> Contestant:
+        dtype: torch.dtype = getattr(torch, model.settings.inference.dtype)
+        return open_contestant(
+            f"{name} ({model.name})", model.loader, model.planned, dtype, self._options.window, self._progress
+        )
+
+    def _identity(self) -> dict[str, Any]:
+        """What the student's numbers depend on, beside the options of training."""
+        return {
+            "teacher": _digest(self._teacher),
+            "student": _digest(self._student),
+            "texts": self._texts.digest,
+            "trained": sorted(self._selection.kinds),
+            "rank": self._selection.rank,
+            "dtype": self._teacher.settings.inference.dtype,
+            "version": __version__,
+        }
+
+    def _write(self, student: Student) -> list[str]:
+        by_slot = {weight.slot.name: weight.choice.name for weight in self._student.planned}
+        values = {by_slot[slot]: trained.packed().to(torch.device("cpu")) for slot, trained in student.trained.items()}
+        job = CheckpointJob(self._student, self._decisions, _dialect(), values=values)
+        return list(job.write(self._partial, self._progress).left_out)
+
+    def _settings_of(self, folder: Path) -> Settings:
+        """The student as it was written."""
+        settings = self._student.settings
+        model = {"base_path": str(folder), "name": f"{self._student.name}, trained"}
+        inference = settings.inference.model_dump() | {"load_in_8bit": False, "load_in_4bit": False}
+        return settings.replace(model=model, inference=inference)
+
+    def _check_space(self, folder: Path, student: Student) -> None:
+        """Raise CheckpointError unless there is room for the state, twice while it is written, and for the result."""
+        num_parameters = sum(leaf.numel() for leaf in student.parameters.values())
+        begun = sum(file.stat().st_size for file in self._partial.rglob("*") if file.is_file())
+        needed = 2 * _BYTES_PER_PARAMETER * num_parameters + sum(weight.nbytes for weight in self._student.planned)
+        free = shutil.disk_usage(self._partial).free + begun
+        if free < needed + _SPARE_BYTES:
+            raise CheckpointError(
+                f"{partial_folder(folder)} needs {needed + _SPARE_BYTES} bytes for the training, and {free} are free.",
+                remedy="Make room, choose another folder, or train fewer weights (--train, --rank).",
+            )
+
+
+def write_curve(report: DistillReport, file: Path) -> None:
+    """The curve of a report as a page."""
+    runs = {report.student: (report.outcome.curve, report.outcome.looks)}
+    with writing(file):
+        replace_file(file, curve_html(runs, f"{report.student} learns from {report.teacher}"))
+
+
+def _dialect() -> Any:
+    return dialect("a trained checkpoint", lambda slot, form: None, keeps_stacked=True)
+
+
+def _is_kept(slot: Slot, form: Any) -> bool:
+    return not slot.is_transposed
+
+
+def _is_stuck(weight: Any) -> bool:
+    return weight.layout.name != "dense" and not has_trainable_scales(weight)
+
+
+def _bare_folder(student: Settings | None) -> Path | None:
+    """The student's folder, if it holds no weights yet."""
+    folder = None if student is None else Path(student.model.base_path).expanduser()
+    return folder if folder is not None and is_bare(folder) else None
+
+
+def _digest(model: PlannedModel) -> str:
+    keys = [(weight.slot.name, weight.key) for weight in model.planned]
+    return hashlib.sha256(repr(keys).encode()).hexdigest()[:16]

@@ -1,0 +1,124 @@
+"""What a student reads, and in which order.
+
+In: windows of texts, answers that a teacher wrote to prompts. Out: `Lesson`s, and batches of them without end, the same
+for one seed at every run. Must never know: models, losses.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from amalgam.base.strict_json import parse_json
+from amalgam.errors import ConfigError
+from amalgam.evaluation.texts import Sample, Window
+from amalgam.text.tokenizer import Tokenizer
+
+_EPOCHS_OF_SEED = 1_000_003  # so that no epoch of another seed has the same order
+
+
+@dataclass(frozen=True)
+class Lesson:
+    """Tokens of which some are to be predicted.
+
+    Attributes:
+        first: place of the first token that counts; those before it are only read.
+    """
+
+    token_ids: tuple[int, ...]
+    first: int = 1
+
+    @property
+    def num_rows(self) -> int:
+        return len(self.token_ids) - self.first
+
+
+def lessons_of(sample: Sample) -> list[Lesson]:
+    """A lesson of each window."""
+    return [Lesson(window.token_ids) for window in sample.windows]
+
+
+def read_answers(file: Path, tokenizer: Tokenizer, window: int) -> list[Lesson]:
+    """Answers with their prompts, of which only the answers count: JSONL as `amalgam generate --output` writes it.
+
+    An answer that ended by itself is followed by the token that ends texts. Lines with an error, and prompts that leave
+    no room for an answer, give no lesson.
+
+    Args:
+        window: most tokens of a lesson; longer answers are cut.
+
+    Raises:
+        ConfigError: it cannot be read, or holds no answer.
+    """
+    try:
+        lines = file.read_bytes().splitlines()
+    except OSError as error:
+        raise ConfigError(f"{file} cannot be read ({error.strerror or error}).", remedy="Give a file.") from None
+    found = []
+    for number, line in enumerate(lines, 1):
+        try:
+            answer = parse_json(line)
+        except ValueError as error:
+            raise ConfigError(f"Line {number} of {file} is not valid JSON: {error}.") from None
+        prompt, text = (answer.get(key) if isinstance(answer, dict) else None for key in ("prompt", "generated_text"))
+        if not isinstance(prompt, str) or not isinstance(text, str):
+            if isinstance(answer, dict) and answer.get("error") is not None:
+                continue
+            raise ConfigError(
+                f"Line {number} of {file} has no prompt with a generated_text.",
+                remedy="Expected what `amalgam generate --input PROMPTS --output ANSWERS` writes of prompts.",
+            )
+        before = tokenizer.encode(prompt)
+        after = [id_ for piece in tokenizer.encode_by_piece(text, add_special_tokens=False) for id_ in piece]
+        if answer.get("finish_reason") == "stop" and tokenizer.eos_token_ids:
+            after.append(min(tokenizer.eos_token_ids))
+        token_ids = (*before, *after)[:window]
+        if before and len(token_ids) > len(before):
+            found.append(Lesson(token_ids, len(before)))
+    if not found:
+        raise ConfigError(f"{file} holds no answer that a student could learn from.", remedy="Give other prompts.")
+    return found
+
+
+def batches(lessons: Sequence[Lesson], num_tokens: int, seed: int) -> Iterator[list[Lesson]]:
+    """Batches of about so many tokens, without end: all lessons in an order that is drawn, then all in another one."""
+    epoch = 0
+    while True:
+        generator = torch.Generator().manual_seed(seed * _EPOCHS_OF_SEED + epoch)
+        order = torch.randperm(len(lessons), generator=generator).tolist()
+        yield from parts_of([lessons[index] for index in order], num_tokens)
+        epoch += 1
+
+
+def windows_of(lessons: Sequence[Lesson]) -> list[Window]:
+    """As what computes prompts has them."""
+    return [Window("", index, lesson.token_ids, 0.0) for index, lesson in enumerate(lessons)]
+
+
+def rows_of(lessons: Sequence[Lesson]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Of lessons one after the other: the rows that predict a token that counts, and those tokens; int64."""
+    rows: list[int] = []
+    labels: list[int] = []
+    start = 0
+    for lesson in lessons:
+        size = len(lesson.token_ids)
+        rows += range(start + lesson.first - 1, start + size - 1)
+        labels += lesson.token_ids[lesson.first :]
+        start += size
+    return torch.tensor(rows, dtype=torch.int64), torch.tensor(labels, dtype=torch.int64)
+
+
+def parts_of(lessons: Sequence[Lesson], num_tokens: int) -> Iterator[list[Lesson]]:
+    """Lessons in order, as many together as have `num_tokens` tokens; a longer one alone."""
+    part: list[Lesson] = []
+    room = num_tokens
+    for lesson in lessons:
+        if part and room < len(lesson.token_ids):
+            yield part
+            part, room = [], num_tokens
+        part.append(lesson)
+        room -= len(lesson.token_ids)
+    yield part

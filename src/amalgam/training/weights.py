@@ -1,0 +1,165 @@
+"""What of a weight is trained, and what becomes of it: leaves of autograd in, a packed weight of the same layout out.
+
+In: packed weights in runtime layouts. Out: `Trained`. Must never know: layers, files, losses.
+
+Whatever is stored in few bits is rounded to them on the way forward and passed by on the way back (straight-through,
+Bengio et al. 2013), so that what is trained is what is served. Scales are trained as factors of what they were, codes
+in units of codes: one learning rate fits weights of any size.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from amalgam.kernels.layouts import dense
+from amalgam.kernels.packed import PackedWeight
+from amalgam.training.codes import Range, codes_of, expanded, in_codes, nearest, with_codes
+
+_FLOATS_OF_CODES = 128  # steps that a trained fp8 code has between 0 and the largest
+_INSIDE = 0.49  # how far from a code a number may be that is rounded to it, with something to spare
+
+
+class Trained(ABC):
+    """One weight that learns.
+
+    Attributes:
+        parameters: by name, float32 leaves of autograd.
+    """
+
+    parameters: Mapping[str, Tensor]
+
+    @abstractmethod
+    def value(self) -> Tensor:
+        """The weight as it would be served now, float32 of its logical shape; gradients go to the parameters."""
+
+    @abstractmethod
+    def packed(self) -> PackedWeight:
+        """The weight as it is now, in the layout that it came in."""
+
+
+class TrainedValues(Trained):
+    """A floating weight, all of it.
+
+    Args:
+        weight: dense.
+        rank: of a low-rank update, which is all that is trained then (Hu et al. 2022); None: every value is.
+    """
+
+    def __init__(self, weight: PackedWeight, rank: int | None = None, *, generator: torch.Generator) -> None:
+        self._dtype = weight.dense.dtype
+        self._start = weight.dense.float()
+        if rank is None:
+            self.parameters = {"values": _leaf(self._start)}
+        else:
+            self.parameters = _low_rank(self._start, rank, generator)
+
+    def value(self) -> Tensor:
+        return _rounded(self._wide(), self._dtype)
+
+    def packed(self) -> PackedWeight:
+        return dense(self._wide().detach().to(self._dtype))
+
+    def _wide(self) -> Tensor:
+        values = self.parameters.get("values")
+        return self._start + _product(self.parameters) if values is None else values
+
+
+class TrainedScales(Trained):
+    """A quantized weight with its codes as they are; the scales learn (of any layout that has some)."""
+
+    def __init__(self, weight: PackedWeight) -> None:
+        self._weight = weight
+        self._scale = weight.parts["scale"]
+        self.parameters = {"growth": _leaf(torch.zeros(self._scale.shape, device=self._scale.device))}
+
+    def value(self) -> Tensor:
+        scale = _rounded(self._grown(), self._scale.dtype)
+        return replace(self._weight, parts={**self._weight.parts, "scale": scale}).unpack()
+
+    def packed(self) -> PackedWeight:
+        scale = self._grown().detach().to(self._scale.dtype)
+        return replace(self._weight, parts={**self._weight.parts, "scale": scale})
+
+    def _grown(self) -> Tensor:
+        return self._scale.float() * self.parameters["growth"].exp()
+
+
+class TrainedCodes(Trained):
+    """A quantized weight whose codes are rounded anew from numbers that learn, beside its scales.
+
+    Args:
+        allowed: what codes may be.
+        wide: the weight that it was made from, where that is known: a code's number begins where its value was, as far
+            as that is still rounded to the code.
+        rank: the numbers learn as a product of two matrices (Bondarenko et al. 2024); None: each by itself.
+    """
+
+    def __init__(
+        self,
+        weight: PackedWeight,
+        allowed: Range,
+        wide: Tensor | None,
+        rank: int | None = None,
+        *,
+        generator: torch.Generator,
+    ) -> None:
+        self._weight = weight
+        self._allowed = allowed
+        self._scale = weight.parts["scale"]
+        codes = codes_of(weight)
+        is_integer = not weight.parts["weight"].dtype.is_floating_point
+        self._unit = 1.0 if is_integer else allowed.high / _FLOATS_OF_CODES
+        if wide is not None and is_integer:
+            codes = codes + (in_codes(weight, wide.float()) - codes).clamp(-_INSIDE, _INSIDE)
+        self._start = codes / self._unit
+        growth = _leaf(torch.zeros(self._scale.shape, device=codes.device))
+        if rank is None:
+            self.parameters = {"growth": growth, "codes": _leaf(self._start)}
+        else:
+            self.parameters = {"growth": growth, **_low_rank(self._start, rank, generator)}
+
+    def value(self) -> Tensor:
+        numbers = self._numbers()
+        codes = numbers + (nearest(numbers.detach(), self._weight, self._allowed) - numbers.detach())
+        return expanded(self._weight, codes, _rounded(self._grown(), self._scale.dtype))
+
+    def packed(self) -> PackedWeight:
+        codes = nearest(self._numbers().detach(), self._weight, self._allowed)
+        made = with_codes(self._weight, codes)
+        return replace(made, parts={**made.parts, "scale": self._grown().detach().to(self._scale.dtype)})
+
+    def _numbers(self) -> Tensor:
+        codes = self.parameters.get("codes")
+        return self._unit * (self._start + _product(self.parameters) if codes is None else codes)
+
+    def _grown(self) -> Tensor:
+        return self._scale.float() * self.parameters["growth"].exp()
+
+
+def _leaf(start: Tensor) -> Tensor:
+    return start.detach().clone().float().requires_grad_()
+
+
+def _low_rank(start: Tensor, rank: int, generator: torch.Generator) -> dict[str, Tensor]:
+    """Two matrices whose product is 0 at first; `down` is drawn, `up` is 0."""
+    rows, columns = start.shape
+    rank = min(rank, rows, columns)
+    down = torch.randn(rank, columns, generator=generator) * columns**-0.5
+    return {"down": _leaf(down.to(start.device)), "up": _leaf(torch.zeros(rows, rank, device=start.device))}
+
+
+def _product(parameters: Mapping[str, Tensor]) -> Tensor:
+    return parameters["up"] @ parameters["down"]
+
+
+def _rounded(wide: Tensor, dtype: torch.dtype) -> Tensor:
+    """As it is stored, float32; a gradient passes by the rounding."""
+    if dtype is torch.float32:
+        return wide
+    stored = wide.detach().to(dtype).float()
+    return wide + (stored - wide.detach())
