@@ -22,12 +22,12 @@ from torch import Tensor
 from amalgam.composition.progress import Progress
 from amalgam.errors import ConfigError
 from amalgam.evaluation.running import Contestant, rows_at_once
+from amalgam.training.adam import Adam
 from amalgam.training.lessons import Lesson, batches, parts_of, rows_of, windows_of
 from amalgam.training.losses import DistillationLoss, Losses
 from amalgam.training.state import TrainingState, is_begun, load_state, save_state
 from amalgam.training.student import Expanded, Student
 
-_BETAS, _EPSILON = (0.9, 0.95), 1e-8
 _LAST_RATE = 0.1  # of the learning rate, at the end
 _PLAIN = DistillationLoss()  # what held-out text is measured with
 
@@ -185,10 +185,7 @@ class DistillationTrainer:
         self._on_look = on_look
         self._kept: list[Tensor] = []  # what the teacher makes of held-out lessons
         self._at_once = rows_at_once(student.spec.vocab_size)
-        parameters = list(student.parameters.values())
-        self._optimizer = torch.optim.AdamW(
-            parameters, lr=options.learning_rate, betas=_BETAS, eps=_EPSILON, weight_decay=options.weight_decay
-        )
+        self._adam = Adam(student.parameters, options.weight_decay)
 
     def train(
         self, lessons: Sequence[Lesson], folder: Path, identity: dict[str, Any], progress: Progress | None = None
@@ -240,7 +237,7 @@ class DistillationTrainer:
         Raises:
             ConfigError: the loss or its gradient is NaN or infinite; nothing has been changed.
         """
-        self._optimizer.zero_grad()
+        self._adam.forget_gradients()
         weights = self._student.expanded()
         num_rows = sum(lesson.num_rows for lesson in batch)
         sums = torch.zeros(3, dtype=torch.float64)
@@ -253,17 +250,15 @@ class DistillationTrainer:
                 sums += torch.tensor([float(value.detach()) for value in found], dtype=torch.float64)
             hidden.backward(leaf.grad)
         weights.backward()
-        norm = torch.nn.utils.clip_grad_norm_(list(self._student.parameters.values()), self._options.max_norm)
+        norm = self._adam.shorten_gradients(self._options.max_norm)
         total, distill, task = (sums / num_rows).tolist()
-        if not math.isfinite(total) or not bool(norm.isfinite()):
+        if not math.isfinite(total) or not math.isfinite(norm):
             raise ConfigError(
-                f"The loss is {total} and its gradient {float(norm)} at step {step + 1}.",
+                f"The loss is {total} and its gradient {norm} at step {step + 1}.",
                 remedy=f"Choose a learning rate below {self._options.learning_rate:g}, and look for damaged weights.",
             )
         rate = self._options.rate(step)
-        for group in self._optimizer.param_groups:
-            group["lr"] = rate
-        self._optimizer.step()
+        self._adam.step(rate)
         return Point(step, total, distill, task, rate)
 
     @torch.no_grad()
@@ -298,12 +293,7 @@ class DistillationTrainer:
         state = load_state(folder, identity)
         for name, parameter in self._student.parameters.items():
             parameter.data.copy_(state.parameters[name])
-            if name in state.first:
-                self._optimizer.state[parameter] = {
-                    "step": torch.tensor(float(state.notes["counts"][name])),
-                    "exp_avg": state.first[name].to(parameter.device),
-                    "exp_avg_sq": state.second[name].to(parameter.device),
-                }
+        self._adam.restore(state.first, state.second, state.notes["counts"])
         return _Progress.of(dict(state.notes)), dict(state.best)
 
     def _look(self, at: _Progress, best: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -325,12 +315,6 @@ class DistillationTrainer:
         return {name: parameter.detach().clone() for name, parameter in self._student.parameters.items()}
 
     def _save(self, folder: Path, identity: dict[str, Any], at: _Progress, best: dict[str, Tensor]) -> None:
-        memory = {
-            name: self._optimizer.state[parameter]
-            for name, parameter in self._student.parameters.items()
-            if parameter in self._optimizer.state
-        }
-        first, second = ({name: entry[key] for name, entry in memory.items()} for key in ("exp_avg", "exp_avg_sq"))
-        counts = {name: int(entry["step"]) for name, entry in memory.items()}  # an expert may have had no token
-        notes = {**at.notes(), "counts": counts}
-        save_state(folder, identity, TrainingState(self._student.parameters, best, first, second, notes))
+        adam, notes = self._adam, {**at.notes(), "counts": self._adam.counts}
+        state = TrainingState(self._student.parameters, best, adam.first, adam.second, notes)
+        save_state(folder, identity, state)
