@@ -44,11 +44,17 @@ def weight_of(name: str, options: QuantizeOptions) -> tuple[Tensor, PackedWeight
     return wide, made.pack(quantize(wide, made, round_to_nearest, options))
 
 
+def distance(value: Tensor, goal: Tensor) -> Tensor:
+    """As few inputs see it: errors of one output's values can make up for each other."""
+    inputs = torch.randn(SHAPE[1], 8, generator=generator())
+    return ((value - goal) @ inputs).square().sum()
+
+
 def descend(trained: Trained, goal: Tensor, rate: float, steps: int = 40) -> None:
     adam = Adam(trained.parameters)
     for step in range(steps):
         adam.forget_gradients()
-        (trained.value() - goal).square().sum().backward()
+        distance(trained.value(), goal).backward()
         adam.step(rate * (1 - step / steps))
 
 
@@ -72,7 +78,7 @@ def test_a_quantized_weight_comes_nearer_in_its_own_layout(
     descend(trained, goal, 0.02)
     made = trained.packed()
     torch.testing.assert_close(made.dequantize(torch.float32), trained.value().detach(), rtol=1e-5, atol=1e-5)
-    assert (made.dequantize(torch.float32) - goal).norm() < (start - goal).norm()
+    assert distance(made.dequantize(torch.float32), goal) < 0.8 * distance(start, goal)
     assert made.layout is packed.layout and {p: (t.dtype, t.shape) for p, t in made.parts.items()} == {
         p: (t.dtype, t.shape) for p, t in packed.parts.items()
     }
@@ -103,9 +109,9 @@ def test_a_low_rank_begins_at_nothing_and_learns_little(is_quantized: bool) -> N
     torch.testing.assert_close(trained.value(), start.dequantize(torch.float32))
     assert sum(leaf.numel() for leaf in trained.parameters.values()) < wide.numel() / 2
     goal = wide.float() + torch.outer(torch.linspace(-1, 1, SHAPE[0]), torch.linspace(-1, 1, SHAPE[1]))
-    before = (trained.value().detach() - goal).norm()
+    before = distance(trained.value().detach(), goal)
     descend(trained, goal, 0.05)
-    assert (trained.packed().dequantize(torch.float32) - goal).norm() < 0.7 * before
+    assert distance(trained.packed().dequantize(torch.float32), goal) < 0.7 * before
 
 
 SLOTS = [Slot("layers.0.attention.q", SHAPE, "attention"), Slot("norm", (64,), "norm"), Slot("head", SHAPE, "head")]

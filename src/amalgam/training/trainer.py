@@ -39,7 +39,8 @@ class TrainingOptions:
     Attributes:
         steps: at most.
         batch_tokens: of one step, about; `part_tokens` of them go through the student at once, which only memory feels.
-        learning_rate: the largest: it grows over the first `warmup` of the steps and falls as a cosine to a tenth.
+        learning_rate: the largest: it grows over the first `warmup` of the steps and falls as a cosine to a tenth. As a
+            share of a weight's values that a step may change them by; see `training.weights`.
         max_norm: of the gradient of all parameters together; a longer one is shortened.
         eval_every: steps from one look at held-out text to the next.
         patience: training ends behind so many looks that found nothing better; 0: never before the last step.

@@ -4,7 +4,8 @@ In: packed weights in runtime layouts. Out: `Trained`. Must never know: layers, 
 
 Whatever is stored in few bits is rounded to them on the way forward and passed by on the way back (straight-through,
 Bengio et al. 2013), so that what is trained is what is served. Scales are trained as factors of what they were, codes
-in units of codes: one learning rate fits weights of any size.
+in units of codes, other values in units of the weight's own root mean square: one learning rate is the same share of
+weights of any size.
 """
 
 from __future__ import annotations
@@ -52,7 +53,9 @@ class TrainedValues(Trained):
 
     def __init__(self, weight: PackedWeight, rank: int | None = None, *, generator: torch.Generator) -> None:
         self._dtype = weight.dense.dtype
-        self._start = weight.dense.float()
+        wide = weight.dense.float()
+        self._unit = float(wide.square().mean().sqrt()) or 1.0
+        self._start = wide / self._unit
         if rank is None:
             self.parameters = {"values": _leaf(self._start)}
         else:
@@ -66,7 +69,7 @@ class TrainedValues(Trained):
 
     def _wide(self) -> Tensor:
         values = self.parameters.get("values")
-        return self._start + _product(self.parameters) if values is None else values
+        return self._unit * (self._start + _product(self.parameters) if values is None else values)
 
 
 class TrainedScales(Trained):
