@@ -138,6 +138,8 @@ def test_a_bare_folder_says_what_the_student_is(capsys: pytest.CaptureFixture[st
         (["--model", str(DEMO), "--text", "TEXT", "--train", "charm"], 2, "charm"),
         (["--model", str(DEMO), "--text", "TEXT", "--kl", "sideways"], 2, "sideways"),
         (["--model", str(DEMO), "--text", "TEXT", "--init", "zeros"], 2, "zeros"),
+        (["--model", str(DEMO), "--text", "TEXT", "--init", "random"], 2, "--init"),
+        (["--model", str(DEMO), "--text", "TEXT", "--alpha", "0", "--kl", "reverse"], 2, "--kl"),
         (["--model", str(DEMO), "--text", "TEXT", "--window", "10000"], 2, "10000"),
         (["--model", str(DEMO), "--answers", "EMPTY"], 2, "EMPTY"),
     ],

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from amalgam.cli.options import with_settings
+from amalgam.cli.options import refuse_unused, with_settings
 from amalgam.config.settings import Settings
 from amalgam.errors import ConfigError
 
@@ -47,8 +47,9 @@ def command(
         int | None, typer.Option(min=1, help="Make the student: so many of the teacher's layers.")
     ] = None,
     init: Annotated[
-        str, typer.Option(help="A student that is made begins with slices of the teacher's weights, or random ones.")
-    ] = "slices",
+        str | None,
+        typer.Option(help="A student that is made begins with slices of the teacher's weights (default), or random."),
+    ] = None,
     text: Annotated[
         list[str] | None,
         typer.Option("--text", metavar="[NAME=]FILE", help="Text to learn from: .txt, .jsonl or .json. Repeatable."),
@@ -71,13 +72,19 @@ def command(
     ] = None,
     window: Annotated[int, typer.Option(min=2, help="Tokens of a text that are computed together.")] = 256,
     tokens: Annotated[int | None, typer.Option(min=2, help="Most tokens of all texts, as many of each file.")] = None,
-    temperature: Annotated[float, typer.Option(help="Softens both distributions of the divergence.")] = 1.0,
+    heldout_tokens: Annotated[
+        int, typer.Option(min=2, help="Most tokens that are held out; read at every look.")
+    ] = 8192,
+    temperature: Annotated[
+        float | None, typer.Option(help="Softens both distributions of the divergence.  [default: 1]")
+    ] = None,
     alpha: Annotated[
         float, typer.Option(min=0.0, max=1.0, help="Share of the divergence; the rest is the text's own tokens.")
     ] = 1.0,
     kl: Annotated[
-        str, typer.Option(help="forward: KL(teacher ‖ student); reverse: KL(student ‖ teacher).")
-    ] = "forward",
+        str | None,
+        typer.Option(help="forward: KL(teacher ‖ student), the default; reverse: KL(student ‖ teacher)."),
+    ] = None,
     train: Annotated[
         str | None,
         typer.Option(
@@ -93,7 +100,13 @@ def command(
     steps: Annotated[int, typer.Option(min=1, help="Most steps.")] = 200,
     batch_tokens: Annotated[int, typer.Option(min=2, help="Tokens of a step, about.")] = 2048,
     part_tokens: Annotated[int, typer.Option(min=2, help="Tokens that are in memory at once.")] = 2048,
-    lr: Annotated[float, typer.Option("--lr", min=1e-9, help="Largest learning rate.")] = 1e-3,
+    lr: Annotated[
+        float | None,
+        typer.Option(
+            min=1e-9,
+            help="Largest learning rate, as a share of a weight's values. Default: 0.001; 0.02 where matrices learn.",
+        ),
+    ] = None,
     eval_every: Annotated[int, typer.Option(min=1, help="Steps from one look at held-out text to the next.")] = 20,
     patience: Annotated[
         int, typer.Option(min=0, help="End behind so many looks that found nothing better. 0: never before --steps.")
@@ -111,6 +124,9 @@ def command(
     from amalgam.training.losses import DistillationLoss
     from amalgam.training.trainer import TrainingOptions
 
+    if alpha == 0:
+        given = {"--temperature": temperature is not None, "--kl": kl is not None}
+        refuse_unused(given, "--alpha above 0", "The text alone is learned from: leave it out.")
     folder = folder.expanduser()
     if answers is None and prompts is not None:
         answers = folder.absolute().with_name(f"{folder.name}.answers.jsonl")
@@ -121,13 +137,15 @@ def command(
         held_out=heldout or [],
         window=window,
         max_tokens=tokens,
-        loss=DistillationLoss(temperature, alpha, kl),  # type: ignore[arg-type]
+        max_held_out=heldout_tokens,
+        loss=DistillationLoss(1.0 if temperature is None else temperature, alpha, kl or "forward"),  # type: ignore[arg-type]
         training=TrainingOptions(
-            steps=steps, batch_tokens=batch_tokens, part_tokens=part_tokens, learning_rate=lr, eval_every=eval_every,
+            steps=steps, batch_tokens=batch_tokens, part_tokens=part_tokens, eval_every=eval_every,
             patience=patience, save_every=save_every, seed=seed,
         ),
         kinds=None if train is None else frozenset(part.strip() for part in train.split(",")),  # type: ignore[misc]
         rank=rank,
+        learning_rate=lr,
         beginning=Beginning(shape, init, seed),  # type: ignore[arg-type]
     )  # fmt: skip
     if student is not None and settings.model.base_path:
@@ -135,7 +153,7 @@ def command(
     pupil = _plan(student, settings) if student is not None else settings if settings.model.base_path else None
     master = None if teacher is None else _plan(teacher, settings)
     if prompts is not None and answers is not None and not answers.exists():
-        code = _let_answer(master or pupil, prompts, answers, seed)
+        code = _let_answer(master, pupil, prompts, answers, seed)
         if code:
             return code
     with progress_bar("steps") as progress:
@@ -158,13 +176,16 @@ def _plan(name: str, settings: Settings) -> Settings:
     return load_settings(name)
 
 
-def _let_answer(teacher: Settings | None, prompts: Path, answers: Path, seed: int) -> int:
+def _let_answer(teacher: Settings | None, student: Settings | None, prompts: Path, answers: Path, seed: int) -> int:
     """Let the teacher write what is learned from."""
     from amalgam.cli.batch import INTERRUPTED, write_answers
     from amalgam.engine.params import SamplingParams
+    from amalgam.tools.evaluate import reference_settings
 
     if teacher is None:
-        raise ConfigError("No teacher is given.", remedy="Name one with --teacher.")
+        if student is None:
+            raise ConfigError("No teacher is given.", remedy="Name one with --teacher.")
+        teacher = reference_settings(student)
     totals = write_answers(teacher, prompts.expanduser(), answers, SamplingParams(seed=seed))
     return 0 if totals is not None else INTERRUPTED
 

@@ -10,7 +10,7 @@ import hashlib
 import json
 import shutil
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -53,6 +53,7 @@ _STATE, _INITIAL = "training", "initial"  # folders inside the unfinished one
 _BYTES_PER_PARAMETER = 16  # now, at its best, and two means of the optimizer
 _SPARE_BYTES = 2**26
 _MAX_NAMED = 3
+_HEALING_RATE, _MATRIX_RATE = 1e-3, 2e-2  # shares of a weight's values
 
 
 @dataclass(frozen=True)
@@ -64,8 +65,10 @@ class DistillOptions:
         held_out: files that say when to stop, and what was gained; empty: a fifth of the documents, not learned from.
         window: tokens of a text that are computed together.
         max_tokens: of the texts, as many of each; None: all.
+        max_held_out: of what is held out: it is read at every look.
         kinds: what learns; None: of a quantized student `HEALING`, of another one `LEARNING`.
         rank: see `Selection`.
+        learning_rate: in place of that of `training`; None: 0.001, or 0.02 where whole matrices learn.
         beginning: of a student that is yet to be made.
     """
 
@@ -74,10 +77,12 @@ class DistillOptions:
     held_out: Sequence[str] = ()
     window: int = DEFAULT_WINDOW
     max_tokens: int | None = None
+    max_held_out: int = 8192
     loss: DistillationLoss = field(default_factory=DistillationLoss)
     training: TrainingOptions = field(default_factory=TrainingOptions)
     kinds: frozenset[Kind] | None = None
     rank: int | None = None
+    learning_rate: float | None = None
     beginning: Beginning = field(default_factory=Beginning)
 
 
@@ -182,10 +187,10 @@ class _Distillation:
         """The student's settings; one that has no weights yet gets some."""
         bare, beginning = _bare_folder(student), self._options.beginning
         if student is not None and bare is None:
-            if beginning.shape is not None:
+            if beginning.shape is not None or beginning.start is not None:
                 raise ConfigError(
-                    f"{student.model.base_path} has weights: its width and its layers are what they are.",
-                    remedy="Leave --width and --layers out, or name the teacher alone.",
+                    f"{student.model.base_path} has weights: it is not made anew.",
+                    remedy="Leave --width, --layers and --init out, or name the teacher alone.",
                 )
             return student
         if bare is None and beginning.shape is None:
@@ -250,7 +255,7 @@ class _Distillation:
             )
         if not options.texts and options.answers is None:
             raise ConfigError("Nothing is given to learn from.", remedy="Give --text FILE or --prompts FILE.")
-        samples = [self._sample(options.texts)] if options.texts else []
+        samples = [self._sample(options.texts, options.max_tokens)] if options.texts else []
         answers = [] if options.answers is None else read_answers(options.answers, tokenizer, options.window)
         return self._split(samples, answers)
 
@@ -259,15 +264,17 @@ class _Distillation:
         seed = options.training.seed
         if options.held_out:
             learned = [lesson for sample in samples for lesson in lessons_of(sample)]
-            held_out = self._sample(options.held_out)
+            held_out = self._sample(options.held_out, options.max_held_out)
             lessons = [*learned, *answers]
         elif samples:
-            first, held_out = samples[0].split(HELD_OUT_SHARE, seed)
+            first, second = samples[0].split(HELD_OUT_SHARE, seed)
+            held_out = _some(second, options.max_held_out, seed)
             lessons = [*lessons_of(first), *answers]
         else:
             order = torch.randperm(len(answers), generator=torch.Generator().manual_seed(seed)).tolist()
             count = round(HELD_OUT_SHARE * len(answers))
-            held_out = Sample(tuple(windows_of([answers[index] for index in order[:count]])), "answers")
+            kept = Sample(tuple(windows_of([answers[index] for index in order[:count]])), "answers")
+            held_out = _some(kept, options.max_held_out, seed)
             lessons = [answers[index] for index in order[count:]]
         if not lessons or not held_out.windows:
             raise ConfigError(
@@ -277,12 +284,10 @@ class _Distillation:
         digest = hashlib.sha256(repr(lessons).encode()).hexdigest()[:16]
         return _Texts(lessons, held_out, f"{digest}-{held_out.digest}")
 
-    def _sample(self, files: Sequence[str]) -> Sample:
-        options = self._options
-        documents = read_texts(files)
-        return sample_of(
-            documents, self._tokenizer, window=options.window, max_tokens=options.max_tokens, seed=options.training.seed
-        )
+    def _sample(self, files: Sequence[str], max_tokens: int | None) -> Sample:
+        options, documents = self._options, read_texts(files)
+        seed = options.training.seed
+        return sample_of(documents, self._tokenizer, window=options.window, max_tokens=max_tokens, seed=seed)
 
     # --- The run ---
 
@@ -296,8 +301,7 @@ class _Distillation:
         self._remarks += remarks(own, self._texts.held_out, vocab_size)
         before = reference.figures(self._opened(self._student, "the student"), self._progress)
         trainer = DistillationTrainer(
-            student, Teacher(teacher), self._options.loss, self._options.training, lessons_of(self._texts.held_out),
-            on_look,
+            student, Teacher(teacher), self._options.loss, self._training(), lessons_of(self._texts.held_out), on_look
         )  # fmt: skip
         state = self._partial / _STATE
         state.mkdir(exist_ok=True)
@@ -325,6 +329,12 @@ class _Distillation:
         shutil.rmtree(self._partial / _INITIAL, ignore_errors=True)
         shutil.rmtree(state)
         return report
+
+    def _training(self) -> TrainingOptions:
+        rate = self._options.learning_rate
+        if rate is None:
+            rate = _MATRIX_RATE if "wide" in self._selection.kinds else _HEALING_RATE
+        return replace(self._options.training, learning_rate=rate)
 
     def _made_student(self) -> Student:
         planned = self._student.planned
@@ -409,6 +419,18 @@ def _is_kept(slot: Slot, form: Any) -> bool:
 
 def _is_stuck(weight: Any) -> bool:
     return weight.layout.name != "dense" and not has_trainable_scales(weight)
+
+
+def _some(sample: Sample, max_tokens: int, seed: int) -> Sample:
+    """Windows drawn from a sample, in its order."""
+    order = torch.randperm(len(sample.windows), generator=torch.Generator().manual_seed(seed)).tolist()
+    taken, room = set(), max_tokens
+    for index in order:
+        size = len(sample.windows[index].token_ids)
+        if size <= room or not taken:
+            taken.add(index)
+            room -= size
+    return Sample(tuple(window for index, window in enumerate(sample.windows) if index in taken), sample.unit)
 
 
 def _bare_folder(student: Settings | None) -> Path | None:

@@ -32,7 +32,7 @@ class Beginning:
 
     Attributes:
         shape: how much smaller it is than the teacher; None: as its own config.json says.
-        start: see `initial_weights`.
+        start: see `initial_weights`; None: slices.
         seed: of what is drawn.
 
     Raises:
@@ -40,11 +40,11 @@ class Beginning:
     """
 
     shape: Shape | None = None
-    start: Start = "slices"
+    start: Start | None = None
     seed: int = 0
 
     def __post_init__(self) -> None:
-        if self.start not in STARTS:
+        if self.start is not None and self.start not in STARTS:
             raise ConfigError(f"A student cannot begin as {self.start!r}.", remedy=f"Allowed: {', '.join(STARTS)}.")
 
 
@@ -72,7 +72,7 @@ def make_student(teacher: PlannedModel, bare: Path | None, beginning: Beginning,
         spec,
         teacher.spec,
         lambda slot: by_slot[slot].unprepared().dequantize(torch.float32),
-        beginning.start,
+        beginning.start or "slices",
         config.get("initializer_range"),
         beginning.seed,
     )
