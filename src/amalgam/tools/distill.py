@@ -424,7 +424,8 @@ def _is_stuck(weight: Any) -> bool:
 def _some(sample: Sample, max_tokens: int, seed: int) -> Sample:
     """Windows drawn from a sample, in its order."""
     order = torch.randperm(len(sample.windows), generator=torch.Generator().manual_seed(seed)).tolist()
-    taken, room = set(), max_tokens
+    taken: set[int] = set()
+    room = max_tokens
     for index in order:
         size = len(sample.windows[index].token_ids)
         if size <= room or not taken:

@@ -13,8 +13,9 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from itertools import islice
+from operator import attrgetter
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -101,7 +102,8 @@ class Outcome:
     Attributes:
         num_tokens: that were read, in all runs together.
         num_resumed: steps of earlier runs.
-        is_stopped: held-out text found nothing better any more.
+        best_step: where held-out text found the least divergence; of a student that learns from the text alone, loss.
+        is_stopped: it found nothing better any more.
     """
 
     curve: Sequence[Point]
@@ -137,8 +139,13 @@ class Teacher:
 
 @dataclass
 class _Progress:
-    """Where training is; all of it is saved."""
+    """Where training is; all of it is saved.
 
+    Attributes:
+        goal: what of a look says that the student does best.
+    """
+
+    goal: Literal["divergence", "loss"]
     step: int = 0
     num_tokens: int = 0
     curve: list[Point] = field(default_factory=list)
@@ -146,7 +153,7 @@ class _Progress:
 
     @property
     def best(self) -> Look:
-        return min(self.looks, key=lambda look: look.divergence)
+        return min(self.looks, key=attrgetter(self.goal))
 
     def notes(self) -> dict[str, Any]:
         return asdict(self)
@@ -154,7 +161,8 @@ class _Progress:
     @classmethod
     def of(cls, notes: dict[str, Any]) -> _Progress:
         curve = [Point(**point) for point in notes["curve"]]
-        return cls(notes["step"], notes["num_tokens"], curve, [Look(**look) for look in notes["looks"]])
+        looks = [Look(**look) for look in notes["looks"]]
+        return cls(notes["goal"], notes["step"], notes["num_tokens"], curve, looks)
 
     def is_stopped(self, patience: int) -> bool:
         return 0 < patience <= len(self.looks) - 1 - self.looks.index(self.best) if self.looks else False
@@ -289,7 +297,7 @@ class DistillationTrainer:
 
     def _begin(self, folder: Path, identity: dict[str, Any]) -> tuple[_Progress, dict[str, Tensor]]:
         if not is_begun(folder):
-            at = _Progress()
+            at = _Progress("divergence" if self._loss.needs_teacher else "loss")
             return at, self._look(at, {})
         state = load_state(folder, identity)
         for name, parameter in self._student.parameters.items():
