@@ -119,6 +119,7 @@ def command(
     """Let a model learn from another: heal a low-precision plan, or train a smaller student."""
     from amalgam.cli.console import note, print_json, progress_bar
     from amalgam.tools.distill import DistillOptions, distill, write_curve
+    from amalgam.tools.distill_texts import TextsToLearn
     from amalgam.tools.initial_student import Beginning
     from amalgam.training.initial import Shape
     from amalgam.training.losses import DistillationLoss
@@ -132,12 +133,7 @@ def command(
         answers = folder.absolute().with_name(f"{folder.name}.answers.jsonl")
     shape = None if width is None and layers is None else Shape(1.0 if width is None else width, layers)
     options = DistillOptions(
-        texts=text or [],
-        answers=answers,
-        held_out=heldout or [],
-        window=window,
-        max_tokens=tokens,
-        max_held_out=heldout_tokens,
+        texts=TextsToLearn(text or [], answers, heldout or [], window, tokens, heldout_tokens, seed),
         loss=DistillationLoss(1.0 if temperature is None else temperature, alpha, kl or "forward"),  # type: ignore[arg-type]
         training=TrainingOptions(
             steps=steps, batch_tokens=batch_tokens, part_tokens=part_tokens, eval_every=eval_every,

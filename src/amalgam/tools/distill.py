@@ -12,7 +12,7 @@ import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -25,12 +25,12 @@ from amalgam.errors import CheckpointError, ConfigError, UnsupportedError
 from amalgam.evaluation.confidence import Bootstrap, Interval
 from amalgam.evaluation.quality import Quality, Reference, remarks, summarise
 from amalgam.evaluation.running import Contestant, open_contestant
-from amalgam.evaluation.texts import DEFAULT_WINDOW, Sample, read_texts, sample_of
 from amalgam.models.spec import Slot
 from amalgam.runtime.device import choose_device
 from amalgam.runtime.threads import set_threads
 from amalgam.text.files import has_tokenizer
 from amalgam.text.tokenizer import Tokenizer
+from amalgam.tools.distill_texts import TextsToLearn, read_material
 from amalgam.tools.evaluate import reference_settings
 from amalgam.tools.export.checkpoint import CheckpointJob
 from amalgam.tools.export.choosing import Decision, Engine, changes_of, choose, no_units
@@ -39,7 +39,7 @@ from amalgam.tools.export.exporting import open_plan
 from amalgam.tools.export.targets.compressed import dialect
 from amalgam.tools.initial_student import Beginning, is_bare, make_student
 from amalgam.training.drawing import curve_html
-from amalgam.training.lessons import Lesson, lessons_of, read_answers, windows_of
+from amalgam.training.lessons import lessons_of
 from amalgam.training.losses import DistillationLoss
 from amalgam.training.selection import HEALING, LEARNING, Kind, Selection, has_trainable_scales, trained_weights
 from amalgam.training.state import is_begun
@@ -48,7 +48,6 @@ from amalgam.training.trainer import DistillationTrainer, Look, Outcome, Teacher
 from amalgam.version import __version__
 
 REPORT = "distillation.json"
-HELD_OUT_SHARE = 0.2
 _STATE, _INITIAL = "training", "initial"  # folders inside the unfinished one
 _BYTES_PER_PARAMETER = 16  # now, at its best, and two means of the optimizer
 _SPARE_BYTES = 2**26
@@ -61,23 +60,13 @@ class DistillOptions:
     """What may be asked of a distillation.
 
     Attributes:
-        texts, answers: files to learn from; of answers, those that a teacher wrote to prompts.
-        held_out: files that say when to stop, and what was gained; empty: a fifth of the documents, not learned from.
-        window: tokens of a text that are computed together.
-        max_tokens: of the texts, as many of each; None: all.
-        max_held_out: of what is held out: it is read at every look.
         kinds: what learns; None: of a quantized student `HEALING`, of another one `LEARNING`.
         rank: see `Selection`.
         learning_rate: in place of that of `training`; None: 0.001, or 0.02 where whole matrices learn.
         beginning: of a student that is yet to be made.
     """
 
-    texts: Sequence[str] = ()
-    answers: Path | None = None
-    held_out: Sequence[str] = ()
-    window: int = DEFAULT_WINDOW
-    max_tokens: int | None = None
-    max_held_out: int = 8192
+    texts: TextsToLearn = field(default_factory=TextsToLearn)
     loss: DistillationLoss = field(default_factory=DistillationLoss)
     training: TrainingOptions = field(default_factory=TrainingOptions)
     kinds: frozenset[Kind] | None = None
@@ -114,14 +103,6 @@ class DistillReport:
 
     def as_json(self) -> dict[str, Any]:
         return {**asdict(self), "folder": str(self.folder)}
-
-
-class _Texts(NamedTuple):
-    """`digest` names all of their tokens."""
-
-    lessons: Sequence[Lesson]
-    held_out: Sample
-    digest: str
 
 
 def distill(
@@ -177,7 +158,8 @@ class _Distillation:
         self._remarks: list[str] = []
         self._tokenizer = Tokenizer.load(self._teacher.loader.base_folder, self._teacher.loader.base_metadata)
         self._check_vocabulary(bare)
-        self._texts = self._read()
+        longest = min(self._teacher.spec.max_positions, self._student.spec.max_positions)
+        self._material = read_material(options.texts, self._tokenizer, longest)
         self._selection = self._select()
         self._decisions = self._decide()
 
@@ -222,8 +204,6 @@ class _Distillation:
             )
         return found
 
-    # --- What is read ---
-
     def _check_vocabulary(self, bare: Path | None) -> None:
         mine, theirs = self._student.spec.vocab_size, self._teacher.spec.vocab_size
         if mine != theirs:
@@ -245,67 +225,24 @@ class _Distillation:
                 remedy="A divergence needs one tokenizer: choose a student of the teacher's kind.",
             )
 
-    def _read(self) -> _Texts:
-        options, tokenizer = self._options, self._tokenizer
-        longest = min(self._teacher.spec.max_positions, self._student.spec.max_positions)
-        if options.window > longest:
-            raise ConfigError(
-                f"The window is {options.window} tokens, and the models have {longest} positions.",
-                remedy="Choose a smaller one.",
-            )
-        if not options.texts and options.answers is None:
-            raise ConfigError("Nothing is given to learn from.", remedy="Give --text FILE or --prompts FILE.")
-        samples = [self._sample(options.texts, options.max_tokens)] if options.texts else []
-        answers = [] if options.answers is None else read_answers(options.answers, tokenizer, options.window)
-        return self._split(samples, answers)
-
-    def _split(self, samples: Sequence[Sample], answers: Sequence[Lesson]) -> _Texts:
-        options = self._options
-        seed = options.training.seed
-        if options.held_out:
-            learned = [lesson for sample in samples for lesson in lessons_of(sample)]
-            held_out = self._sample(options.held_out, options.max_held_out)
-            lessons = [*learned, *answers]
-        elif samples:
-            first, second = samples[0].split(HELD_OUT_SHARE, seed)
-            held_out = _some(second, options.max_held_out, seed)
-            lessons = [*lessons_of(first), *answers]
-        else:
-            order = torch.randperm(len(answers), generator=torch.Generator().manual_seed(seed)).tolist()
-            count = round(HELD_OUT_SHARE * len(answers))
-            kept = Sample(tuple(windows_of([answers[index] for index in order[:count]])), "answers")
-            held_out = _some(kept, options.max_held_out, seed)
-            lessons = [answers[index] for index in order[count:]]
-        if not lessons or not held_out.windows:
-            raise ConfigError(
-                f"{len(lessons)} windows are left to learn from, and {len(held_out.windows)} are held out.",
-                remedy="Give more text, or text to hold out (--heldout).",
-            )
-        digest = hashlib.sha256(repr(lessons).encode()).hexdigest()[:16]
-        return _Texts(lessons, held_out, f"{digest}-{held_out.digest}")
-
-    def _sample(self, files: Sequence[str], max_tokens: int | None) -> Sample:
-        options, documents = self._options, read_texts(files)
-        seed = options.training.seed
-        return sample_of(documents, self._tokenizer, window=options.window, max_tokens=max_tokens, seed=seed)
-
     # --- The run ---
 
     def run(self, folder: Path, on_look: Callable[[Look], None]) -> DistillReport:
         student = self._made_student()
         self._check_space(folder, student)
         teacher = self._opened(self._teacher, "the teacher")
-        reference = Reference(teacher, self._texts.held_out, self._progress)
+        reference = Reference(teacher, self._material.held_out, self._progress)
         own = summarise(reference.figures(), has_reference=False)
         vocab_size = self._teacher.spec.vocab_size
-        self._remarks += remarks(own, self._texts.held_out, vocab_size)
+        self._remarks += remarks(own, self._material.held_out, vocab_size)
         before = reference.figures(self._opened(self._student, "the student"), self._progress)
+        held_out = lessons_of(self._material.held_out)
         trainer = DistillationTrainer(
-            student, Teacher(teacher), self._options.loss, self._training(), lessons_of(self._texts.held_out), on_look
-        )  # fmt: skip
+            student, Teacher(teacher), self._options.loss, self._training(), held_out, on_look
+        )
         state = self._partial / _STATE
         state.mkdir(exist_ok=True)
-        outcome = trainer.train(self._texts.lessons, state, self._identity(), self._progress)
+        outcome = trainer.train(self._material.lessons, state, self._identity(), self._progress)
         left_out = self._write(student)
         written = open_plan(self._settings_of(self._partial), self._progress, self._device)
         after = reference.figures(self._opened(written, "the trained student"), self._progress)
@@ -348,8 +285,7 @@ class _Distillation:
         trained = trained_weights(
             self._student.spec.slots, weights, bits, self._selection, self._wide_of(), self._options.training.seed
         )
-        longest = max(len(lesson.token_ids) for lesson in (*self._texts.lessons, *lessons_of(self._texts.held_out)))
-        return Student(self._student.spec, weights, trained, longest, device)
+        return Student(self._student.spec, weights, trained, self._material.longest, device)
 
     def _wide_of(self) -> Callable[[str], Tensor | None]:
         """The teacher's weights, where it is the model that the student was made from."""
@@ -361,7 +297,7 @@ class _Distillation:
     def _opened(self, model: PlannedModel, name: str) -> Contestant:
         dtype: torch.dtype = getattr(torch, model.settings.inference.dtype)
         return open_contestant(
-            f"{name} ({model.name})", model.loader, model.planned, dtype, self._options.window, self._progress
+            f"{name} ({model.name})", model.loader, model.planned, dtype, self._options.texts.window, self._progress
         )
 
     def _identity(self) -> dict[str, Any]:
@@ -369,7 +305,7 @@ class _Distillation:
         return {
             "teacher": _digest(self._teacher),
             "student": _digest(self._student),
-            "texts": self._texts.digest,
+            "texts": self._material.digest,
             "trained": sorted(self._selection.kinds),
             "rank": self._selection.rank,
             "dtype": self._teacher.settings.inference.dtype,
@@ -419,19 +355,6 @@ def _is_kept(slot: Slot, form: Any) -> bool:
 
 def _is_stuck(weight: Any) -> bool:
     return weight.layout.name != "dense" and not has_trainable_scales(weight)
-
-
-def _some(sample: Sample, max_tokens: int, seed: int) -> Sample:
-    """Windows drawn from a sample, in its order."""
-    order = torch.randperm(len(sample.windows), generator=torch.Generator().manual_seed(seed)).tolist()
-    taken: set[int] = set()
-    room = max_tokens
-    for index in order:
-        size = len(sample.windows[index].token_ids)
-        if size <= room or not taken:
-            taken.add(index)
-            room -= size
-    return Sample(tuple(window for index, window in enumerate(sample.windows) if index in taken), sample.unit)
 
 
 def _bare_folder(student: Settings | None) -> Path | None:
