@@ -18,8 +18,10 @@ import torch
 from torch import Tensor
 
 from amalgam.base.files import partial_folder, replace_file, resumable_folder, writing
+from amalgam.base.folders import read_json
 from amalgam.composition.planned import PlannedWeight
 from amalgam.composition.progress import Progress
+from amalgam.composition.source import CONFIG_NAME
 from amalgam.config.settings import Settings
 from amalgam.errors import CheckpointError, ConfigError, UnsupportedError
 from amalgam.evaluation.confidence import Bootstrap, Interval
@@ -145,6 +147,7 @@ class _Distillation:
         progress: Progress | None,
     ) -> None:
         bare = _bare_folder(student)
+        self._bare_config = None if bare is None else read_json(bare, CONFIG_NAME)
         if teacher is None:
             if student is None or bare is not None:
                 raise ConfigError("No teacher is given.", remedy="Name one with --teacher.")
@@ -305,6 +308,7 @@ class _Distillation:
         return {
             "teacher": _digest(self._teacher),
             "student": _digest(self._student),
+            "beginning": {**asdict(self._options.beginning), "config": self._bare_config},
             "texts": self._material.digest,
             "trained": sorted(self._selection.kinds),
             "rank": self._selection.rank,

@@ -257,7 +257,8 @@ class DistillationTrainer:
             for found in self._losses(self._loss, weights, leaf, taught, part):
                 (found.total_loss / num_rows).backward()
                 sums += torch.tensor([float(value.detach()) for value in found], dtype=torch.float64)
-            hidden.backward(leaf.grad)
+            if hidden.requires_grad:  # it does not where the head alone learns
+                hidden.backward(leaf.grad)
         weights.backward()
         norm = self._adam.shorten_gradients(self._options.max_norm)
         total, distill, task = (sums / num_rows).tolist()
