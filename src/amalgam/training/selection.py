@@ -25,7 +25,7 @@ HEALING: frozenset[Kind] = frozenset(("scales", "norms", "biases", "routers"))
 LEARNING: frozenset[Kind] = frozenset(("norms", "biases", "routers", "wide"))
 _BY_ROLE: Mapping[str, Kind] = {"norm": "norms", "bias": "biases", "router": "routers"}
 # Read when a program is made, or where only the order of scores counts: no gradient comes back.
-_UNTRAINED_ROLES = ("indexer",)
+_INDEXER = ".index_"
 _UNTRAINED_ENDS = ("rope_growth", ".scalar", ".router_correction")
 _POWERS_OF_TWO = torch.float8_e8m0fnu
 
@@ -97,7 +97,7 @@ def _trained(
     wide: Callable[[str], Tensor | None],
     generator: torch.Generator,
 ) -> Trained | None:
-    if slot.role in _UNTRAINED_ROLES or slot.name.endswith(_UNTRAINED_ENDS):
+    if _INDEXER in slot.name or slot.name.endswith(_UNTRAINED_ENDS):
         return None
     if weight.layout.name == "dense":
         kind = _BY_ROLE.get(slot.role, "wide")
