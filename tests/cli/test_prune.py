@@ -168,6 +168,10 @@ OUT = "OUT"
         (("--experts", "1", "--text", "/nowhere.txt", "--out", OUT), "/nowhere.txt"),
         (("--experts", "1", *SMALL, "--precisions", "int5"), "int5"),
         (("--experts", "1", *SMALL, "--bits", "x"), "--bits"),
+        (("--experts", "1", *SMALL, "--heldout", "/nowhere.txt", "--out", OUT), "/nowhere.txt"),
+        (("--experts", "1%", *SMALL, "--no-compare", "--out", OUT), "1%"),
+        (("--experts", "1", *SMALL, "--seed", "3"), "--seed"),
+        (("--channels", "25%", "--by", "magnitude", *SMALL, "--no-compare", "--out", OUT), "--text"),
         (("--experts", "1", *SMALL, "--source", "other=/nowhere"), "Sources"),
     ],
 )

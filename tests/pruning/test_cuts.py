@@ -78,6 +78,7 @@ def check(maker: Maker, out: Path) -> None:
         ("deepseek_v3", {"n_routed_experts": 16}),
         ("granitemoe", {}),
         ("gemma4", GEMMA4_MOE),
+        ("ernie4_5_moe", {}),  # its correction has the experts in columns
     ],
 )
 def test_experts(family: str, changes: dict[str, Any], tmp_path: Path) -> None:
@@ -95,6 +96,24 @@ def test_experts(family: str, changes: dict[str, Any], tmp_path: Path) -> None:
         with raises(ConfigError):
             experts_cut(model, "12")
     check(maker, tmp_path / "out")
+
+
+def test_a_cut_of_nothing_is_refused(tmp_path: Path) -> None:
+    model = opened(tmp_path / "whole", "qwen3_moe")
+    with raises(ConfigError, "5%"):
+        experts_cut(model, "5%")
+
+
+@pytest.mark.parametrize("family", ["ernie4_5_moe", "deepseek_v3"])
+def test_any_layer_goes_or_is_refused_where_the_first_ones_are_of_another_kind(family: str, tmp_path: Path) -> None:
+    model = opened(tmp_path / "whole", family, num_hidden_layers=3)
+    for gone in range(3):
+        kept = tuple(layer_id for layer_id in range(3) if layer_id != gone)
+        try:
+            spec = pruned(model, Cut(kept)).pruned.spec
+        except UnsupportedError:
+            continue
+        assert spec.expert_counts == tuple(n for n in (model.spec.layers[i].mlp.num_experts for i in kept) if n)
 
 
 def test_experts_that_nobody_needs_are_not_missed(tmp_path: Path) -> None:

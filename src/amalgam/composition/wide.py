@@ -58,7 +58,10 @@ class WideModel:
         source = replace(source, weights=family.with_whole_names(source.weights, slots))
         missing = [name for name in slots if name not in source.weights]
         if missing:
-            raise CheckpointError(f"{source.folder} lacks {len(missing)} weights, for instance {missing[0]!r}.")
+            raise CheckpointError(
+                f"{source.folder} lacks {len(missing)} weights, for instance {missing[0]!r}.",
+                remedy="Download it again, with all of its files.",
+            )
         narrow = [name for name in slots if not source.weights[name].is_wide]
         if narrow:
             raise CheckpointError(
@@ -94,7 +97,10 @@ class WideModel:
         stored, slot = self.source.weights[name], self.slots[name]
         weight = dense(self.source.load(stored, lambda packed: oriented(packed, stored, slot)).dequantize())
         if not bool(torch.isfinite(weight.dense).all()):
-            raise CheckpointError(f"Weight {name!r} in {self.source.folder} holds NaN or infinity.")
+            raise CheckpointError(
+                f"Weight {name!r} in {self.source.folder} holds NaN or infinity.",
+                remedy="The file is damaged, or was trained so: take another one.",
+            )
         return weight
 
     def layer(self, layer_id: int) -> dict[str, PackedWeight]:

@@ -55,6 +55,13 @@ def read_own_layers(family: Family, reader: ConfigReader) -> ModelSpec:
     return replace(spec, layers=tuple(layers))
 
 
+def own_layers_of(config: Mapping[str, Any]) -> Mapping[str, Any] | None:
+    """What a config.json says of such layers, beside the decoder's description or in it."""
+    text = config.get(TEXT)
+    inside = text.get(KEY) if isinstance(text, Mapping) else None
+    return config.get(KEY) if inside is None else inside
+
+
 def _kind(spec: ModelSpec, layer_id: int) -> int:
     """The first layer that is like this one where no layer has values of its own."""
     return spec.layers.index(spec.layers[layer_id])

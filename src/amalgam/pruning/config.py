@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from amalgam.models.own_layers import EXPERT_COUNTS, KEY, TEXT
+from amalgam.models.own_layers import EXPERT_COUNTS, KEY, TEXT, own_layers_of
 from amalgam.models.spec import ModelSpec
 from amalgam.pruning.cut import Cut
 
@@ -20,7 +20,11 @@ _LAYER_COUNTS = ("num_hidden_layers", "n_layer")
 _BY_LAYER = ("layer_types", "layers_block_type", "mlp_layer_types", "no_rope_layers")
 _LAYER_IDS = ("mlp_only_layers", "moe_layers", "full_attn_idxs")
 # How many of the first layers are of another kind.
-_LEADING = ("first_k_dense_replace", "first_last_k_dense_replace", "num_dense_layers", "max_window_layers")
+_LEADING = (
+    *("first_k_dense_replace", "first_last_k_dense_replace", "num_dense_layers", "max_window_layers"),
+    "moe_layer_start_index",
+)
+_LAST_SPARSE = "moe_layer_end_index"  # -1: the last layer
 _DRAFTS = "num_nextn_predict_layers"
 _STEP, _ONLY_DENSE = "decoder_sparse_step", "mlp_only_layers"
 _WIDTHS = (
@@ -40,7 +44,8 @@ def cut_config(
     text = config.get(TEXT)
     is_inside = isinstance(text, Mapping)
     part = dict(text) if isinstance(text, Mapping) else dict(config)
-    own = {int(layer_id): dict(values) for layer_id, values in (part.pop(KEY, None) or {}).items()}
+    own = {int(layer_id): dict(values) for layer_id, values in (own_layers_of(config) or {}).items()}
+    part.pop(KEY, None)
     if len(cut.layers) < spec.num_layers:
         own = {new: own[old] for new, old in enumerate(cut.layers) if old in own}
         _cut_layers(part, spec, cut.layers)
@@ -70,6 +75,8 @@ def _cut_layers(part: dict[str, Any], spec: ModelSpec, kept: Sequence[int]) -> N
     replace(_BY_LAYER, lambda values: [values[i] for i in kept] if len(values) == spec.num_layers else values)
     replace(_LAYER_IDS, lambda ids: [new for new, old in enumerate(kept) if old in ids])
     replace(_LEADING, lambda count: sum(old < count for old in kept))
+    if (part.get(_LAST_SPARSE) or -1) >= 0:
+        part[_LAST_SPARSE] = sum(old <= part[_LAST_SPARSE] for old in kept) - 1
     if (part.get(_STEP) or 1) > 1:
         part[_STEP] = 1
         part[_ONLY_DENSE] = [new for new, old in enumerate(kept) if not spec.layers[old].mlp.num_experts]

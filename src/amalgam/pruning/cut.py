@@ -78,7 +78,7 @@ class Cut:
         layer = _LAYER.match(origin.name)
         groups = self.experts.get(int(layer[1])) if layer is not None else None
         if groups is not None and tuple(shape) != slot.shape and origin.role == "router":
-            shape[0] = len(groups)
+            shape[_experts_at(slot, origin)] = len(groups)
         if tuple(shape) != slot.shape:
             raise UnsupportedError(
                 f"{slot.name} would have shape {shape}, and its config.json would make it {list(slot.shape)}.",
@@ -104,7 +104,8 @@ class Cut:
             return weight[:, columns].contiguous()
         layer = _LAYER.match(origin.name)
         assert layer is not None and origin.role == "router"
-        return weight[[first for first, *_ in self.experts[int(layer[1])]]].contiguous()
+        firsts = torch.tensor([first for first, *_ in self.experts[int(layer[1])]])
+        return weight.index_select(_experts_at(slot, origin), firsts)
 
     def _group(self, origin: str) -> tuple[int, ...]:
         """The experts that one is made of; one number for anything else."""
@@ -136,3 +137,9 @@ class Cut:
         if found[2] == "gate_up":
             return torch.cat((kept, kept + origin.shape[0] // 2)), None
         return kept, None
+
+
+def _experts_at(slot: Slot, origin: Slot) -> int:
+    """Which dimension of a router's weight has the experts: most have them in rows, a correction may in columns."""
+    pairs = zip(slot.shape, origin.shape, strict=False)
+    return next((place for place, (mine, theirs) in enumerate(pairs) if mine != theirs), 0)

@@ -77,6 +77,11 @@ def kept_experts(choice: ExpertChoice, spec: ModelSpec, scores: Mapping[int, Ten
         raise UnsupportedError("The model has no experts.", remedy="Prune layers, channels or weights.")
     counts = {layer_id: spec.layers[layer_id].mlp.num_experts for layer_id in spec.moe_layer_ids}
     gone = {layer_id: choice.amount.of(count) for layer_id, count in counts.items()}
+    if not any(gone.values()):
+        raise ConfigError(
+            f"No expert would go: {choice.amount.text} of {max(counts.values())} experts in a layer.",
+            remedy="Let one or more of each layer go.",
+        )
     if choice.per_layer:
         gone = _spread(spec, scores, sum(gone.values()))
     kept = {}
@@ -130,7 +135,7 @@ def _spread(spec: ModelSpec, scores: Mapping[int, Tensor], total: int) -> dict[i
         raise UnsupportedError(
             "The router has groups of experts, which have to stay of equal size.", remedy="Leave --per-layer out."
         )
-    gone = dict.fromkeys(scores, 0)
+    wanted, gone = total, dict.fromkeys(scores, 0)
     cells = sorted(
         (float(value), layer_id, expert_id)
         for layer_id, share in shares.items()
@@ -141,7 +146,9 @@ def _spread(spec: ModelSpec, scores: Mapping[int, Tensor], total: int) -> dict[i
             gone[layer_id] += 1
             total -= 1
     if total:
-        raise ConfigError("So many experts cannot go.", remedy="A token needs more than would remain.")
+        raise ConfigError(
+            f"{wanted} experts cannot go: {wanted - total} can.", remedy="A token needs more than would remain."
+        )
     return gone
 
 

@@ -29,6 +29,8 @@ def check_count(count: int, num_layers: int) -> None:
     Raises:
         ConfigError: no layer goes, or none remains.
     """
+    if num_layers < 2:
+        raise UnsupportedError("The model has one layer.", remedy="Prune experts, channels or weights.")
     if not 0 < count < num_layers:
         raise ConfigError(f"{count} of {num_layers} layers would go.", remedy=f"Let 1 to {num_layers - 1} of them go.")
 

@@ -61,13 +61,17 @@ class Pruned:
             ) from error
         slots = {slot.name: slot for slot in spec.slots}
         kept = tuple(spec.layers[layer_id] for layer_id in cut.layers)
-        same = replace(smaller, layers=()) == replace(spec, layers=(), num_draft_layers=smaller.num_draft_layers)
+        names = {slot.name: cut.origin(slot.name) for slot in smaller.slots}
+        same = slots.keys() >= set(names.values())
+        same = same and replace(smaller, layers=()) == replace(
+            spec, layers=(), num_draft_layers=smaller.num_draft_layers
+        )
         if not same or [layer.attention for layer in smaller.layers] != [layer.attention for layer in kept]:
             raise UnsupportedError(
                 f"The configuration of {spec.family} cannot say that these layers remain: {list(cut.layers)}.",
                 remedy="Its layers depend on each other, or on their number. Prune experts or channels instead.",
             )
-        origins = {slot.name: slots[cut.origin(slot.name)] for slot in smaller.slots}
+        origins = {name: slots[origin] for name, origin in names.items()}
         for slot in smaller.slots:
             cut.check(slot, origins[slot.name])
         return cls(cut, spec, changed, smaller, origins)

@@ -16,8 +16,7 @@ from amalgam.config.settings import Settings
 from amalgam.errors import CheckpointError, ConfigError, UnsupportedError
 from amalgam.evaluation.quality import Quality
 from amalgam.evaluation.texts import read_texts
-from amalgam.models.own_layers import KEY as OWN_LAYERS
-from amalgam.models.own_layers import TEXT
+from amalgam.models.own_layers import own_layers_of
 from amalgam.runtime.derive import ensure_derived
 from amalgam.tools.evaluate import ALL, TextOptions, evaluate, plan_name, reference_settings
 from amalgam.tools.export.contract import Change, ExportOptions, ExportReport, Job, PlannedModel, Target
@@ -109,7 +108,7 @@ def open_plan(settings: Settings, progress: Progress | None = None, device: torc
 def _check_layers(target: Target, model: PlannedModel) -> None:
     """Raise UnsupportedError where layers have sizes of their own, which no other engine reads of these families."""
     config = model.base.config
-    own = (config.get(TEXT) or config).get(OWN_LAYERS)
+    own = own_layers_of(config)
     if not own or model.family.reads_own_layers:
         return
     counts = sorted(set(model.spec.expert_counts))

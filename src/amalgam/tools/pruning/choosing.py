@@ -21,6 +21,7 @@ from amalgam.config.settings import Settings
 from amalgam.evaluation.quality import Reference
 from amalgam.evaluation.running import Contestant, open_contestant
 from amalgam.evaluation.texts import Sample
+from amalgam.models.spec import ModelSpec
 from amalgam.pruning.amounts import parse_amount, parse_sparsity
 from amalgam.pruning.channels import ChannelCriterion, kept_channels, widths_of
 from amalgam.pruning.cut import Cut
@@ -32,6 +33,12 @@ from amalgam.pruning.survey import LayerExperts, Survey, survey
 from amalgam.pruning.trial import on_trial
 from amalgam.pruning.writing import CutMaker, Maker, SparseMaker
 from amalgam.tools.pruning.options import PruneOptions
+
+
+def without_password(place: str) -> str:
+    """A file's name, or an address as others may read it."""
+    scheme, separator, rest = place.partition("://")
+    return f"{scheme}://{rest.rpartition('@')[2]}" if separator else place
 
 
 @dataclass(frozen=True, eq=False)
@@ -52,6 +59,25 @@ class Candidate:
     @property
     def pruned(self) -> Pruned:
         return self.maker.pruned
+
+
+def check_amounts(spec: ModelSpec, options: PruneOptions) -> None:
+    """Before texts are read.
+
+    Raises:
+        ConfigError: an amount that is none, or that cannot go.
+        UnsupportedError: the model has none of the kind.
+    """
+    for amount in options.amounts:
+        if options.kind == "experts":
+            alike = {layer_id: torch.ones(spec.layers[layer_id].mlp.num_experts) for layer_id in spec.moe_layer_ids}
+            kept_experts(ExpertChoice("use", parse_amount("--experts", amount)), spec, alike)
+        elif options.kind == "layers":
+            check_count(parse_amount("--layers", amount).of(spec.num_layers), spec.num_layers)
+        elif options.kind == "channels":
+            widths_of(spec, parse_amount("--channels", amount))
+        else:
+            check_pattern(spec, parse_sparsity("--weights", amount))
 
 
 class Chooser:
@@ -105,7 +131,7 @@ class Chooser:
             "base": str(self.model.source.folder),
             "tokens": sum(map(len, self._token_ids)) if self._options.needs_texts else 0,
             "texts": digest if self._options.needs_texts else None,
-            "statistics": self._options.use[1] if self._options.use is not None else None,
+            "statistics": without_password(self._options.use[1]) if self._options.use is not None else None,
         }
 
     @property

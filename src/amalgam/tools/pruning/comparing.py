@@ -25,8 +25,9 @@ from amalgam.errors import PlanError
 from amalgam.evaluation.confidence import Bootstrap, Interval
 from amalgam.evaluation.quality import Figures
 from amalgam.evaluation.running import Contestant
+from amalgam.formats.registry import writable_format
 from amalgam.planning.knapsack import solve
-from amalgam.planning.losses import costs
+from amalgam.planning.losses import Floats, costs
 from amalgam.planning.planner import Planner
 from amalgam.pruning.trial import on_trial
 from amalgam.pruning.writing import SparseMaker
@@ -176,9 +177,24 @@ class _Trial:
         self._share = {slot.name: left.get(slot.name, 0) / math.prod(slot.shape) for slot in pruned.whole.slots}
         shares = np.array([self._share[item.slot] for item in self._problem.items])
         self._rows = np.flatnonzero(shares)  # of the weights that remain
-        self._costs = costs(self._problem, "stored")[self._rows] * shares[self._rows][:, None]
+        self._costs = costs(self._problem, "stored")[self._rows] * shares[self._rows][:, None] + self._more_scales()
         self._losses = planner.losses[self._rows]
         self._fixed = self._fixed_bytes()
+
+    def _more_scales(self) -> Floats:
+        """Bytes by which weights are larger than their share: fewer inputs may divide into smaller groups only."""
+        result = np.zeros((len(self._rows), max(len(item.options) for item in self._problem.items)))
+        whole = {slot.name: slot.shape for slot in self.candidate.pruned.whole.slots}
+        for row, place in enumerate(self._rows.tolist()):
+            item = self._problem.items[place]
+            left, share = self.candidate.pruned.successors[item.slot].shape, self._share[item.slot]
+            if left == whole[item.slot]:
+                continue
+            for column, option in enumerate(item.options):
+                if option.source != BASE_SOURCE:
+                    copy = writable_format(option.source)
+                    result[row, column] = copy.nbytes(left) - share * copy.nbytes(whole[item.slot])
+        return result
 
     def _fixed_bytes(self) -> int:
         """Of the weights that have no choice."""

@@ -90,6 +90,13 @@ class PruneOptions:
                 f"There are no texts, and {what} needs them.",
                 remedy="Give --text FILE" + (", or --no-compare." if not self.needs_texts else "."),
             )
+        if self.texts.files and not self.needs_texts and not self.compares:
+            raise ConfigError(
+                f"--text is given, and nothing is chosen by texts: --by {', '.join(self.criteria)}.",
+                remedy="Leave it out, or --no-compare.",
+            )
+        if self.seed and "random" not in self.criteria:
+            raise ConfigError(f"--seed is {self.seed}, and nothing is drawn.", remedy="It is for --by random.")
         for precision in self.precisions:
             writable_format(precision)
 

@@ -24,7 +24,7 @@ from amalgam.runtime.threads import set_threads
 from amalgam.text.tokenizer import Tokenizer
 from amalgam.tools.evaluate import plan_name
 from amalgam.tools.plan import HELD_OUT_SHARE, PlanOptions, Studio
-from amalgam.tools.pruning.choosing import Candidate, Chooser
+from amalgam.tools.pruning.choosing import Candidate, Chooser, check_amounts
 from amalgam.tools.pruning.comparing import Comparison, Point
 from amalgam.tools.pruning.copies import make_copies
 from amalgam.tools.pruning.drawing import curve_html
@@ -138,21 +138,22 @@ def prune(
         raise CheckpointError(f"{out} exists already.", remedy="Remove it or choose another folder.")
     set_threads(settings.engine)
     model = WideModel.open(settings.model.base_path)
+    check_amounts(model.spec, options)
     calibration = _calibration(model, options)
-    chooser = Chooser(model, calibration, settings, options, progress)
-    candidates = list(chooser.candidates())
-    written = None
-    if out is not None:
-        written = write_pruned(model, candidates[0].maker, out, candidates[0].record, progress)
+    candidates = list(Chooser(model, calibration, settings, options, progress).candidates())
     points: list[Point] = []
     num_tokens = 0
     if options.compares:
         comparison = Comparison(_studio(settings, options, model, progress, announce), candidates, progress)
         points, num_tokens = comparison.points(options.bits), comparison.num_tokens
+        del comparison  # the whole model and what is left of it
         if curve is not None:
             page = curve_html(points, plan_name(settings), f"{num_tokens} tokens")
             with writing(curve):
                 replace_file(curve, page)
+    written = None  # last: whatever texts or copies are refused for leaves no folder behind
+    if out is not None:
+        written = write_pruned(model, candidates[0].maker, out, candidates[0].record, progress)
     cuts = [_cut(model, candidate) for candidate in candidates]
     return PruneReport(cuts, written, points, num_tokens, _remarks(cuts, options))
 
@@ -181,6 +182,8 @@ def _calibration(model: WideModel, options: PruneOptions) -> Sample:
     tokenizer = Tokenizer.load(model.source.folder, model.source.store.metadata)
     tokenizer.check_vocabulary(model.spec.vocab_size)
     whole = options.texts.sample(tokenizer, model.spec.max_positions)
+    if options.held_out:  # read once more when it is needed; here, so that a missing file is told before all the work
+        options.texts.sample(tokenizer, model.spec.max_positions, options.held_out)
     if options.held_out or not options.compares:
         return whole
     return whole.split(HELD_OUT_SHARE, options.texts.seed)[0]
