@@ -8,10 +8,18 @@ from pathlib import Path
 import pytest
 from safetensors import safe_open
 from tests.conftest import DEMO
+from tests.errors import raises
+from tests.models.tiny import save_tiny
 
 from amalgam.cli import main
 from amalgam.composition.quantize import quantize_checkpoint
+from amalgam.config.settings import Settings, build_settings
+from amalgam.errors import ConflictError
 from amalgam.formats.grid import QuantizeOptions
+from amalgam.models.registry import all_families
+from amalgam.tools.distill import DistillOptions, distill
+from amalgam.tools.distill_texts import TextsToLearn
+from amalgam.training.trainer import Look, TrainingOptions
 
 SHORT = (
     *("--window", "32", "--steps", "2", "--batch-tokens", "64", "--part-tokens", "64", "--eval-every", "1"),
@@ -106,6 +114,12 @@ def test_a_student_goes_on_learning_from_answers(
     assert written == [line["prompt"] for line in lines]
     report = json.loads((tmp_path / "out" / "distillation.json").read_text())
     assert report["before"]["num_units"] == 1 and report["outcome"]["num_tokens"] > 0
+    assert report["before"]["num_tokens"] <= 12 + 1 and report["before"]["bits_per_byte"] is None  # of the answer alone
+    assert report["options"]["texts"]["answers"] == str(answers) and report["options"]["loss"]["alpha"] == 0.5
+    untouched = ("--prompts", str(prompts), "--answers", str(tmp_path / "others.jsonl"))
+    for refused, named, wrong in (("out", str(tmp_path / "out"), 3), ("new", "charm", 2)):
+        code, _, err = run(capsys, str(tmp_path / refused), *arguments[:4], *untouched, "--train", "charm")
+        assert code == wrong and named in err and not (tmp_path / "others.jsonl").exists()
 
 
 def test_a_bare_folder_says_what_the_student_is(capsys: pytest.CaptureFixture[str], text: Path, tmp_path: Path) -> None:
@@ -133,6 +147,7 @@ def test_a_bare_folder_says_what_the_student_is(capsys: pytest.CaptureFixture[st
         (["--teacher", str(DEMO), "--student", str(DEMO), "--layers", "2"], 2, "--layers"),
         (["--teacher", str(DEMO), "--layers", "7", "--text", "TEXT"], 2, "7"),
         (["--model", str(DEMO), "--student", str(DEMO)], 2, "--student"),
+        (["--student", str(DEMO), "--source", "other=here", "--map", "*=other"], 2, "--source"),
         (["--model", str(DEMO), "--text", "none.txt"], 2, "none.txt"),
         (["--model", str(DEMO), "--text", "TEXT", "--train", "scales"], 2, "scales"),
         (["--model", str(DEMO), "--text", "TEXT", "--train", "charm"], 2, "charm"),
@@ -152,6 +167,43 @@ def test_what_cannot_be_learned_is_named(
     found, out, err = run(capsys, str(tmp_path / "out"), *(str(files.get(item, item)) for item in arguments))
     assert found == code and out == "" and str(files.get(named, named)) in err
     assert list(tmp_path.glob("*out*")) == []
+
+
+def test_a_run_goes_on_with_what_it_was_begun_with(pupil: Path, text: Path, tmp_path: Path) -> None:
+    """What the teacher computes with is a part of that; and where nothing diverges there is no share of it."""
+    options = DistillOptions(
+        TextsToLearn([str(text)], window=32),
+        training=TrainingOptions(steps=2, batch_tokens=64, part_tokens=64, eval_every=1, save_every=1),
+        kinds=frozenset({"norms"}),
+    )
+
+    class Killed(BaseException):
+        pass
+
+    def kill(look: Look) -> None:
+        if look.step == 2:
+            raise Killed
+
+    def settings(**changes: str) -> Settings:
+        return build_settings({"model": {"base_path": str(pupil)}, "inference": {"dtype": "float32", **changes}})
+
+    with pytest.raises(Killed):
+        distill(settings(), settings(), tmp_path / "out", options, on_look=kill)
+    with raises(ConflictError, "activation", "auto", "bf16"):
+        distill(settings(activation="bf16"), settings(), tmp_path / "out", options)
+    report = distill(settings(), settings(), tmp_path / "out", options)
+    assert report.outcome.num_resumed == 1 and report.difference is None
+
+
+def test_a_weight_that_cannot_be_written_is_refused_before_anything_is_learned(
+    capsys: pytest.CaptureFixture[str], text: Path, tmp_path: Path
+) -> None:
+    save_tiny(next(each for each in all_families() if each.name == "granitemoe"), tmp_path / "base", vocab_size=8192)
+    for file in DEMO.glob("tokenizer*"):
+        (tmp_path / "base" / file.name).write_bytes(file.read_bytes())
+    plan = ("--model", str(tmp_path / "base"), "--text", str(text), *SHORT)
+    code, out, err = run(capsys, str(tmp_path / "out"), *plan)
+    assert code == 4 and out == "" and "granitemoe" in err and "step 0" not in err
 
 
 def test_no_room_is_told_before_anything_is_learned(

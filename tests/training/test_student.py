@@ -9,12 +9,17 @@ import pytest
 import torch
 from torch import Tensor
 
+from amalgam.errors import ConfigError
+from amalgam.kernels.backends.reference.operators import Operators
 from amalgam.kernels.layouts import dense
+from amalgam.kernels.packed import GEGLU, SWIGLU, Activation
 from amalgam.models.registry import all_families, read_spec
 from amalgam.models.spec import Family
 from amalgam.training.initial import Shape, initial_weights, layers_taken, smaller_config
+from amalgam.training.operators import TrainingOperators
 from amalgam.training.selection import LEARNING, Selection, trained_weights
 from amalgam.training.student import Student
+from tests.errors import raises
 from tests.models.harness import Runner, load_model
 from tests.models.tiny import save_tiny
 
@@ -91,3 +96,36 @@ def test_slices_of_a_teacher_make_a_model(width: float, layers: int | None, tmp_
 
 def test_layers_are_taken_from_the_first_to_the_last() -> None:
     assert layers_taken(6, 3) == [0, 2, 5] and layers_taken(6, 1) == [0] and layers_taken(4, 4) == [0, 1, 2, 3]
+
+
+def test_layers_with_sizes_of_their_own_are_renumbered_and_narrowed() -> None:
+    own = {"3": {"num_experts": 5, "moe_intermediate_size": 64}, "1": {"num_experts": 6}}
+    config = {"hidden_size": 128, "num_attention_heads": 4, "head_dim": 32, "num_hidden_layers": 4}
+    made = smaller_config({**config, "per_layer_config": own}, Shape(0.5, 2))
+    assert made["per_layer_config"] == {"1": {"num_experts": 5, "moe_intermediate_size": 32}}
+    own["0"] = {"num_key_value_heads": 3}
+    with raises(ConfigError, "num_key_value_heads", 3):
+        smaller_config({**config, "per_layer_config": own}, Shape(0.5))
+
+
+def activated(name: str, x: Tensor) -> Tensor:
+    found = getattr(TrainingOperators, name)(x)
+    assert isinstance(found, Tensor)
+    return found
+
+
+@pytest.mark.parametrize("value", [-1000.0, -100.0, -20.0, -1.0, 1.0, 100.0, 1000.0])
+def test_gradients_far_from_0_are_finite(value: float) -> None:
+    """And values are the reference's."""
+    up = torch.ones(1)
+    for activation in (SWIGLU, GEGLU, Activation(alpha=1.702, offset=1.0, limit=2000.0)):
+        gate = torch.tensor([value], requires_grad=True)
+        found = TrainingOperators.gated(gate, up, activation)
+        torch.testing.assert_close(found, Operators.gated(gate, up, activation), rtol=1e-4, atol=1e-6)
+        found.sum().backward()
+        assert gate.grad is not None and bool(gate.grad.isfinite().all())
+    for name in ("sigmoid", "softplus", "gelu"):
+        x = torch.tensor([value], requires_grad=True)
+        activated(name, x).sum().backward()
+        assert x.grad is not None and bool(x.grad.isfinite().all())
+        torch.testing.assert_close(activated(name, x), getattr(Operators, name)(x), rtol=1e-4, atol=1e-6)

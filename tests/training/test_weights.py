@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import Tensor
@@ -93,6 +95,22 @@ def test_what_a_float_learns_is_rounded_to_its_type() -> None:
     made = trained.packed().dense
     assert made.dtype is torch.bfloat16 and torch.equal(made.float(), trained.value().detach())
     assert not torch.equal(made, torch.ones_like(made))
+
+
+@pytest.mark.parametrize("learns_codes", [False, True])
+def test_a_scale_that_outgrows_fp8_is_its_largest(learns_codes: bool) -> None:
+    """What NVFP4's scales are stored in has no infinity: a cast alone would make NaN of them."""
+    _, packed = weight_of("fp8", QuantizeOptions(scale="channel"))
+    scale = torch.full_like(packed.parts["scale"], 300).to(torch.float8_e4m3fn)
+    packed = replace(packed, parts={**packed.parts, "scale": scale})
+    allowed = range_of(packed, 8)
+    assert allowed is not None
+    trained: Trained = TrainedScales(packed)
+    if learns_codes:
+        trained = TrainedCodes(packed, allowed, None, generator=generator())
+    trained.parameters["growth"].data.fill_(1.0)
+    assert bool(trained.value().isfinite().all())
+    assert torch.equal(trained.packed().parts["scale"].float(), torch.full(scale.shape, 448.0))
 
 
 def of_rank(packed: PackedWeight, wide: Tensor) -> TrainedCodes:

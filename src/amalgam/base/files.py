@@ -147,9 +147,14 @@ def _locked(path: Path, lock: FileLock | None) -> Iterator[FileLock]:
             with _locked(path, own) as held:
                 yield held
         return
+    check_free(path)
+    yield lock
+
+
+def check_free(path: Path) -> None:
+    """Raise CheckpointError if a folder cannot be made there: something is, and it is not an empty folder."""
     if path.is_symlink() or (path.exists() and (not path.is_dir() or any(path.iterdir()))):
         raise CheckpointError(f"{path} exists already.", remedy="Remove it or choose another folder.")
-    yield lock
 
 
 @contextmanager

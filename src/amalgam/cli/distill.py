@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from functools import reduce
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -17,11 +19,13 @@ if TYPE_CHECKING:
 
 _MAX_NAMED = 20
 _PLAN_FILES = (".yaml", ".yml")
+_MIXING = {"--source": "sources", "--map": "rules"}
 
 
 @with_settings(needs_model=False, shown=("inference.device_map", "inference.dtype"))
 def command(
     settings: Settings,
+    origins: Mapping[str, str],
     folder: Annotated[
         Path, typer.Argument(help="Folder to write; must not exist. An interrupted run goes on when it is repeated.")
     ],
@@ -118,7 +122,7 @@ def command(
 ) -> int:
     """Let a model learn from another: heal a low-precision plan, or train a smaller student."""
     from amalgam.cli.console import note, print_json, progress_bar
-    from amalgam.tools.distill import DistillOptions, distill, write_curve
+    from amalgam.tools.distill import DistillOptions, check_before_answers, distill, teacher_settings, write_curve
     from amalgam.tools.distill_texts import TextsToLearn
     from amalgam.tools.initial_student import Beginning
     from amalgam.training.initial import Shape
@@ -129,7 +133,9 @@ def command(
         given = {"--temperature": temperature is not None, "--kl": kl is not None}
         refuse_unused(given, "--alpha above 0", "The text alone is learned from: leave it out.")
     folder = folder.expanduser()
-    if answers is None and prompts is not None:
+    if answers is not None:
+        answers = answers.expanduser()
+    elif prompts is not None:
         answers = folder.absolute().with_name(f"{folder.name}.answers.jsonl")
     shape = None if width is None and layers is None else Shape(1.0 if width is None else width, layers)
     options = DistillOptions(
@@ -146,10 +152,16 @@ def command(
     )  # fmt: skip
     if student is not None and settings.model.base_path:
         raise ConfigError("--student is given beside --config or --model.", remedy="Give one of them.")
-    pupil = _plan(student, settings) if student is not None else settings if settings.model.base_path else None
-    master = None if teacher is None else _plan(teacher, settings)
+    if not settings.model.base_path:
+        given = {flag: origins.get(f"model.mixed_precision.{key}") == "flag" for flag, key in _MIXING.items()}
+        refuse_unused(given, "--config or --model", "Name the student's base with --model, or write them into a plan.")
+    flags = {key: reduce(getattr, key.split("."), settings) for key, origin in origins.items() if origin == "flag"}
+    flags = {key: value for key, value in flags.items() if not key.startswith("model.")}
+    pupil = _plan(student, settings, flags) if student is not None else settings if settings.model.base_path else None
+    master = None if teacher is None else _plan(teacher, settings, flags)
     if prompts is not None and answers is not None and not answers.exists():
-        code = _let_answer(master, pupil, prompts, answers, seed)
+        check_before_answers(master, pupil, folder, options)
+        code = _let_answer(teacher_settings(master, pupil), prompts, answers, seed)
         if code:
             return code
     with progress_bar("steps") as progress:
@@ -163,25 +175,20 @@ def command(
     return 0
 
 
-def _plan(name: str, settings: Settings) -> Settings:
-    """A configuration's settings, or those of this call with another model."""
+def _plan(name: str, settings: Settings, flags: Mapping[str, Any]) -> Settings:
+    """A configuration's settings, which flags overrule, or those of this call with another model."""
     if not name.endswith(_PLAN_FILES):
         return settings.replace(model={"base_path": name})
     from amalgam.config.reading import load_settings
 
-    return load_settings(name)
+    return load_settings(name, flags)
 
 
-def _let_answer(teacher: Settings | None, student: Settings | None, prompts: Path, answers: Path, seed: int) -> int:
+def _let_answer(teacher: Settings, prompts: Path, answers: Path, seed: int) -> int:
     """Let the teacher write what is learned from."""
     from amalgam.cli.batch import INTERRUPTED, write_answers
     from amalgam.engine.params import SamplingParams
-    from amalgam.tools.evaluate import reference_settings
 
-    if teacher is None:
-        if student is None:
-            raise ConfigError("No teacher is given.", remedy="Name one with --teacher.")
-        teacher = reference_settings(student)
     totals = write_answers(teacher, prompts.expanduser(), answers, SamplingParams(seed=seed))
     return 0 if totals is not None else INTERRUPTED
 
@@ -211,8 +218,11 @@ def _show(report: DistillReport) -> None:
     columns = ("held out", "weights", "perplexity", "KL divergence", "top-1")
     print_table(columns, rows, f"{report.student} learned from {report.teacher}")
     ending = ", where held-out text found nothing better" if outcome.is_stopped else ""
+    change = interval(report.difference, "{:+.1%}")
+    if report.difference is None:
+        change = f"0 before, {interval(report.after.divergence, '{:.5f}')} after,"
     say(
-        f"Divergence {interval(report.difference, '{:+.1%}')} in {len(outcome.curve)} steps{ending} "
+        f"Divergence {change} in {len(outcome.curve)} steps{ending} "
         f"({outcome.num_tokens:,} tokens, {outcome.seconds:.0f} s); best behind step {outcome.best_step}. Trained: "
         f"{', '.join(report.trained)}, {report.num_parameters:,} numbers. Wrote {report.folder}."
     )

@@ -110,7 +110,7 @@ def _copy_folder(path: Path, folder: Path) -> list[str]:
     if pattern is None:
         return [f"{path.name}/"]
     source, left_out = member_folder(path.parent, path.name), []
-    (folder / path.name).mkdir()
+    (folder / path.name).mkdir(exist_ok=True)
     for file in sorted(source.iterdir()):
         if fnmatchcase(file.name, pattern):
             shutil.copyfile(member(source, file.name), folder / path.name / file.name)

@@ -56,14 +56,14 @@ class Quality:
     """What the figures of some tokens say; without a reference, divergence and agreement are None.
 
     Attributes:
-        bits_per_byte: loss for each byte of the text, which tokenizers do not change.
+        bits_per_byte: loss for each byte of the text, which tokenizers do not change; None where bytes are not known.
         percentile_99, percentile_999: of the divergence.
     """
 
     num_tokens: int
     num_units: int
     perplexity: Interval
-    bits_per_byte: Interval
+    bits_per_byte: Interval | None
     divergence: Interval | None = None
     percentile_99: Interval | None = None
     percentile_999: Interval | None = None
@@ -175,14 +175,14 @@ def scored(windows: Sequence[Window]) -> tuple[Tensor, Tensor]:
     start = 0
     for window in windows:
         size = len(window.token_ids)
-        rows += range(start, start + size - 1)
-        targets += window.token_ids[1:]
+        rows += range(start + window.first - 1, start + size - 1)
+        targets += window.token_ids[window.first :]
         start += size
     return torch.tensor(rows, dtype=torch.int64), torch.tensor(targets, dtype=torch.int64)
 
 
 def _figures(sample: Sample, loss: Sequence[Tensor], divergence: Sequence[Tensor], agrees: Sequence[Tensor]) -> Figures:
-    sizes = [len(window.token_ids) - 1 for window in sample.windows]
+    sizes = [window.num_rows for window in sample.windows]
     domains = {domain: index for index, domain in enumerate(sample.domains)}
     per_token = [window.num_bytes / size for window, size in zip(sample.windows, sizes, strict=True)]
     return Figures(
@@ -222,7 +222,9 @@ def by_domain(figures: Figures, sample: Sample, *, has_reference: bool = True) -
     }
 
 
-def _ratio(bootstrap: Bootstrap, values: Floats, weights: Floats) -> Interval:
+def _ratio(bootstrap: Bootstrap, values: Floats, weights: Floats) -> Interval | None:
+    if not weights.any():
+        return None
     ratio = bootstrap.ratio_of_means(values, weights)
     if ratio.low is None or ratio.high is None:
         return Interval(ratio.value + 1)

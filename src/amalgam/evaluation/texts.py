@@ -38,13 +38,19 @@ class Window:
 
     Attributes:
         unit: what is resampled for confidence intervals: windows of one unit belong together.
-        num_bytes: of the text that the tokens from the second on stand for, about; for bits per byte.
+        num_bytes: of the text that the tokens from `first` on stand for, about; for bits per byte. 0: not known.
+        first: place of the first token that counts; those before it are only read.
     """
 
     domain: str
     unit: int
     token_ids: tuple[int, ...]
     num_bytes: float
+    first: int = 1
+
+    @property
+    def num_rows(self) -> int:
+        return len(self.token_ids) - self.first
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from amalgam.base.files import partial_folder, replace_file, resumable_folder, writing
+from amalgam.base.files import check_free, partial_folder, replace_file, resumable_folder, writing
 from amalgam.base.folders import read_json
 from amalgam.composition.planned import PlannedWeight
 from amalgam.composition.progress import Progress
@@ -25,8 +25,9 @@ from amalgam.composition.source import CONFIG_NAME
 from amalgam.config.settings import Settings
 from amalgam.errors import CheckpointError, ConfigError, UnsupportedError
 from amalgam.evaluation.confidence import Bootstrap, Interval
-from amalgam.evaluation.quality import Quality, Reference, remarks, summarise
+from amalgam.evaluation.quality import Figures, Quality, Reference, remarks, summarise
 from amalgam.evaluation.running import Contestant, open_contestant
+from amalgam.kernels.packed import PackedWeight
 from amalgam.models.spec import Slot
 from amalgam.runtime.device import choose_device
 from amalgam.runtime.threads import set_threads
@@ -83,9 +84,10 @@ class DistillReport:
 
     Attributes:
         before, after: the student on held-out text against the teacher, as it is served.
-        difference: of its divergence, as a share, by draws of the same documents.
+        difference: of its divergence, as a share, by draws of the same documents; None: it began without any.
         before_bytes, after_bytes: of its weights, as stored.
         trained: kinds of weights.
+        options: with the learning rate that was chosen, in those of `training` too.
     """
 
     folder: Path
@@ -94,17 +96,22 @@ class DistillReport:
     before: Quality
     after: Quality
     teacher_quality: Quality
-    difference: Interval
+    difference: Interval | None
     before_bytes: int
     after_bytes: int
     trained: Sequence[str]
     num_parameters: int
     outcome: Outcome
     remarks: Sequence[str]
+    options: DistillOptions
     left_out: Sequence[str] = field(default_factory=tuple)
 
     def as_json(self) -> dict[str, Any]:
-        return {**asdict(self), "folder": str(self.folder)}
+        options = asdict(self.options)
+        texts, kinds = options["texts"], options["kinds"]
+        options["texts"] = texts | {"answers": None if texts["answers"] is None else str(texts["answers"])}
+        options["kinds"] = None if kinds is None else sorted(kinds)
+        return {**asdict(self), "folder": str(self.folder), "options": options}
 
 
 def distill(
@@ -134,6 +141,42 @@ def distill(
         return _Distillation(teacher, student, partial, folder.name, options, progress).run(folder, on_look)
 
 
+def check_before_answers(
+    teacher: Settings | None, student: Settings | None, folder: Path, options: DistillOptions
+) -> None:
+    """Raise what `distill` would and what can be told at once, so that no teacher writes answers for nothing.
+
+    Raises:
+        ConfigError: no teacher, kinds of weights that there are not, another tokenizer.
+        CheckpointError: the folder exists.
+        AmalgamError: whatever is wrong with a plan.
+    """
+    check_free(folder)
+    if options.kinds is not None:
+        Selection(options.kinds, options.rank)
+    settings = teacher_settings(teacher, student)
+    device = choose_device(settings.inference.device_map)
+    own = _tokenizer_of(open_plan(settings, None, device))
+    bare = _bare_folder(student)
+    if student is not None and bare is None:
+        _check_tokenizers(own, [_tokenizer_of(open_plan(student, None, device))])
+    elif bare is not None and has_tokenizer(bare):
+        _check_tokenizers(own, [Tokenizer.load(bare)])
+
+
+def teacher_settings(teacher: Settings | None, student: Settings | None) -> Settings:
+    """The teacher's settings, or those of the student with every weight from base.
+
+    Raises:
+        ConfigError: there is neither.
+    """
+    if teacher is not None:
+        return teacher
+    if student is None or _bare_folder(student) is not None:
+        raise ConfigError("No teacher is given.", remedy="Name one with --teacher.")
+    return reference_settings(student)
+
+
 class _Distillation:
     """One run, in the folder that will be the student's."""
 
@@ -148,10 +191,7 @@ class _Distillation:
     ) -> None:
         bare = _bare_folder(student)
         self._bare_config = None if bare is None else read_json(bare, CONFIG_NAME)
-        if teacher is None:
-            if student is None or bare is not None:
-                raise ConfigError("No teacher is given.", remedy="Name one with --teacher.")
-            teacher = reference_settings(student)
+        teacher = teacher_settings(teacher, student)
         self._name = name
         self._partial, self._options, self._progress = partial, options, progress
         set_threads(teacher.engine)
@@ -159,7 +199,7 @@ class _Distillation:
         self._teacher = open_plan(teacher, progress, self._device)
         self._student = open_plan(self._begun(student), progress, self._device)
         self._remarks: list[str] = []
-        self._tokenizer = Tokenizer.load(self._teacher.loader.base_folder, self._teacher.loader.base_metadata)
+        self._tokenizer = _tokenizer_of(self._teacher)
         self._check_vocabulary(bare)
         longest = min(self._teacher.spec.max_positions, self._student.spec.max_positions)
         self._material = read_material(options.texts, self._tokenizer, longest)
@@ -216,17 +256,10 @@ class _Distillation:
                 "write answers and train the student on these with its own base as the teacher and --alpha 0.",
             )
         self._tokenizer.check_vocabulary(theirs)
-        loader = self._student.loader
-        others = [Tokenizer.load(loader.base_folder, loader.base_metadata)]
+        others = [_tokenizer_of(self._student)]
         if bare is not None and has_tokenizer(bare):
             others.append(Tokenizer.load(bare))
-        tokens = [self._tokenizer.first_difference(other) for other in others]
-        different = next((token for token in tokens if token is not None), None)
-        if different is not None:
-            raise ConfigError(
-                f"Token {different} is another one for the student than for the teacher.",
-                remedy="A divergence needs one tokenizer: choose a student of the teacher's kind.",
-            )
+        _check_tokenizers(self._tokenizer, others)
 
     # --- The run ---
 
@@ -256,13 +289,14 @@ class _Distillation:
             before=summarise(before),
             after=summarise(after),
             teacher_quality=own,
-            difference=Bootstrap(before.units).ratio_of_means(after.divergence, before.divergence),
+            difference=_difference(before, after),
             before_bytes=sum(weight.nbytes for weight in self._student.planned),
             after_bytes=sum(weight.nbytes for weight in written.planned),
             trained=sorted(self._selection.kinds),
             num_parameters=sum(leaf.numel() for leaf in student.parameters.values()),
             outcome=outcome,
             remarks=self._remarks,
+            options=replace(self._options, training=self._training()),
             left_out=left_out,
         )
         replace_file(self._partial / REPORT, json.dumps(report.as_json(), indent=1))
@@ -288,6 +322,7 @@ class _Distillation:
         trained = trained_weights(
             self._student.spec.slots, weights, bits, self._selection, self._wide_of(), self._options.training.seed
         )
+        self._job({slot: weights[slot] for slot in trained})  # refuses what cannot be written
         return Student(self._student.spec, weights, trained, self._material.longest, device)
 
     def _wide_of(self) -> Callable[[str], Tensor | None]:
@@ -313,14 +348,24 @@ class _Distillation:
             "trained": sorted(self._selection.kinds),
             "rank": self._selection.rank,
             "dtype": self._teacher.settings.inference.dtype,
+            "activation": self._teacher.settings.inference.activation,
+            "device": self._device.type,
             "version": __version__,
         }
 
     def _write(self, student: Student) -> list[str]:
+        values = {slot: trained.packed().to(torch.device("cpu")) for slot, trained in student.trained.items()}
+        return list(self._job(values).write(self._partial, self._progress).left_out)
+
+    def _job(self, values: Mapping[str, PackedWeight]) -> CheckpointJob:
+        """What writes the student with other values of some slots.
+
+        Raises:
+            UnsupportedError: one of them stands with others in a tensor that cannot be divided.
+        """
         by_slot = {weight.slot.name: weight.choice.name for weight in self._student.planned}
-        values = {by_slot[slot]: trained.packed().to(torch.device("cpu")) for slot, trained in student.trained.items()}
-        job = CheckpointJob(self._student, self._decisions, _dialect(), values=values)
-        return list(job.write(self._partial, self._progress).left_out)
+        named = {by_slot[slot]: value for slot, value in values.items()}
+        return CheckpointJob(self._student, self._decisions, _dialect(), values=named)
 
     def _settings_of(self, folder: Path) -> Settings:
         """The student as it was written."""
@@ -342,11 +387,32 @@ class _Distillation:
             )
 
 
+def _tokenizer_of(model: PlannedModel) -> Tokenizer:
+    return Tokenizer.load(model.loader.base_folder, model.loader.base_metadata)
+
+
+def _check_tokenizers(own: Tokenizer, others: Sequence[Tokenizer]) -> None:
+    """Raise ConfigError if a token of the teacher's is another one for a student."""
+    tokens = [own.first_difference(other) for other in others]
+    different = next((token for token in tokens if token is not None), None)
+    if different is not None:
+        raise ConfigError(
+            f"Token {different} is another one for the student than for the teacher.",
+            remedy="A divergence needs one tokenizer: choose a student of the teacher's kind.",
+        )
+
+
 def write_curve(report: DistillReport, file: Path) -> None:
     """The curve of a report as a page."""
     runs = {report.student: (report.outcome.curve, report.outcome.looks)}
     with writing(file):
         replace_file(file, curve_html(runs, f"{report.student} learns from {report.teacher}"))
+
+
+def _difference(before: Figures, after: Figures) -> Interval | None:
+    if not before.divergence.any():
+        return None
+    return Bootstrap(before.units).ratio_of_means(after.divergence, before.divergence)
 
 
 def _dialect() -> Any:
@@ -368,5 +434,7 @@ def _bare_folder(student: Settings | None) -> Path | None:
 
 
 def _digest(model: PlannedModel) -> str:
+    """Names a model's weights, and the config.json that says what is computed with them."""
     keys = [(weight.slot.name, weight.key) for weight in model.planned]
-    return hashlib.sha256(repr(keys).encode()).hexdigest()[:16]
+    config = json.dumps(model.base.config, sort_keys=True, default=repr)
+    return hashlib.sha256(repr((keys, config)).encode()).hexdigest()[:16]

@@ -51,7 +51,7 @@ class Material:
     @property
     def digest(self) -> str:
         """Names all of the tokens."""
-        own = hashlib.sha256(repr(self.lessons).encode()).hexdigest()[:16]
+        own = hashlib.sha256(repr((self.lessons, lessons_of(self.held_out))).encode()).hexdigest()[:16]
         return f"{own}-{self.held_out.digest}"
 
     @property

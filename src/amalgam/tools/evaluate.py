@@ -171,8 +171,9 @@ def compare_models(
     if is_shared:
         differences["loss"] = Bootstrap(left_figures.units).ratio_of_means(right_figures.loss, left_figures.loss)
     else:
-        bits = [side.quality.bits_per_byte.value for side in sides]
-        differences["bits_per_byte"] = Interval(bits[1] / bits[0] - 1)
+        bits = [side.quality.bits_per_byte for side in sides]
+        if bits[0] is not None and bits[1] is not None:
+            differences["bits_per_byte"] = Interval(bits[1].value / bits[0].value - 1)
     return SideBySide(sides[0], sides[1], sample.unit, differences, divergence, tuple(notes))
 
 

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from amalgam.errors import ConfigError
+from amalgam.models.own_layers import KEY
 from amalgam.models.spec import ModelSpec, Slot
 
 Start = Literal["slices", "random"]
@@ -56,7 +57,7 @@ def smaller_config(config: Mapping[str, Any], shape: Shape) -> dict[str, Any]:
     """A teacher's config.json with smaller sizes; sizes are multiples of 32, groups of heads stay as large.
 
     Raises:
-        ConfigError: the teacher has fewer layers.
+        ConfigError: the teacher has fewer layers; one of them has heads of its own, which are not narrowed.
     """
     found = {key: value for key, value in config.items() if key != "quantization_config"}
     text = found.get("text_config")
@@ -71,10 +72,9 @@ def smaller_config(config: Mapping[str, Any], shape: Shape) -> dict[str, Any]:
 
 
 def _narrower(config: Mapping[str, Any], width: float) -> dict[str, Any]:
-    made: dict[str, Any] = {}
-    for key in _SIZES:
-        if isinstance(config.get(key), int):
-            made[key] = max(32, round(config[key] * width / 32) * 32)
+    made = _narrower_sizes(config, width)
+    if config.get(KEY):
+        made[KEY] = {layer: _narrower_layer(layer, own, width) for layer, own in config[KEY].items()}
     heads = next(key for key in _HEADS if key in config)
     kv_heads = config.get(_KV_HEADS) or config[heads]
     shared = max(1, config[heads] // kv_heads)
@@ -88,11 +88,29 @@ def _narrower(config: Mapping[str, Any], width: float) -> dict[str, Any]:
     return made
 
 
+def _narrower_sizes(config: Mapping[str, Any], width: float) -> dict[str, Any]:
+    sizes = {key: config[key] for key in _SIZES if isinstance(config.get(key), int)}
+    return {key: max(32, round(size * width / 32) * 32) for key, size in sizes.items()}
+
+
+def _narrower_layer(layer: str, own: Mapping[str, Any], width: float) -> dict[str, Any]:
+    """Values that one layer has of its own."""
+    if heads := [key for key in (*_HEADS, _KV_HEADS, "head_dim") if key in own]:
+        raise ConfigError(
+            f"Layer {layer} of the teacher has a {heads[0]} of its own, {own[heads[0]]} ({KEY}).",
+            remedy="Leave --width out, or give a config.json with --student.",
+        )
+    return {**own, **_narrower_sizes(own, width)}
+
+
 def _of_layers(config: Mapping[str, Any], taken: Sequence[int]) -> dict[str, Any]:
-    """Lists that have an entry for each layer."""
+    """Lists that have an entry for each layer, and what single layers have of their own."""
     count = next(config[key] for key in _LAYERS if key in config)
     lists = {key: value for key, value in config.items() if isinstance(value, list) and len(value) == count}
-    return {key: [value[index] for index in taken] for key, value in lists.items()}
+    made: dict[str, Any] = {key: [value[index] for index in taken] for key, value in lists.items()}
+    if own := config.get(KEY):
+        made[KEY] = {str(new): own[str(old)] for new, old in enumerate(taken) if str(old) in own}
+    return made
 
 
 def layers_taken(count: int, wanted: int) -> list[int]:

@@ -38,7 +38,7 @@ class Lesson:
 
 def lessons_of(sample: Sample) -> list[Lesson]:
     """A lesson of each window."""
-    return [Lesson(window.token_ids) for window in sample.windows]
+    return [Lesson(window.token_ids, window.first) for window in sample.windows]
 
 
 def read_answers(file: Path, tokenizer: Tokenizer, window: int) -> list[Lesson]:
@@ -95,7 +95,7 @@ def batches(lessons: Sequence[Lesson], num_tokens: int, seed: int) -> Iterator[l
 
 def windows_of(lessons: Sequence[Lesson]) -> list[Window]:
     """As what computes prompts has them."""
-    return [Window("", index, lesson.token_ids, 0.0) for index, lesson in enumerate(lessons)]
+    return [Window("", index, lesson.token_ids, 0.0, lesson.first) for index, lesson in enumerate(lessons)]
 
 
 def rows_of(lessons: Sequence[Lesson]) -> tuple[torch.Tensor, torch.Tensor]:

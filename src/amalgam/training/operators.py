@@ -3,7 +3,8 @@
 In: activations and float32 weights. Out: activations. Must never know: what is trained.
 
 They give what `backends.reference` gives, but for the last bits: a product takes all rows at once, a sequence attends
-to its own keys without a cache between, and nothing that a gradient needs is written over.
+to its own keys without a cache between, and nothing that a gradient needs is written over. Activations are
+PyTorch's own: the reference's exponentials overflow far from 0, where a value is right and its gradient would be NaN.
 """
 
 from __future__ import annotations
@@ -12,10 +13,11 @@ from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from amalgam.calibration.frames import WholeProducts, linear
 from amalgam.kernels.backends.reference.interpreter import Frame
-from amalgam.kernels.backends.reference.operators import gated, soft_cap
+from amalgam.kernels.backends.reference.operators import convolve
 from amalgam.kernels.packed import SWIGLU, Activation, ExpertTable, PackedWeight
 from amalgam.kernels.program import Rows
 from amalgam.kernels.step import AttentionBatch, CachedAttention, StepSequence
@@ -31,8 +33,58 @@ class TrainingFrame(Frame):
         super().put(rows, value)
 
 
+def sigmoid(x: Tensor) -> Tensor:
+    return torch.sigmoid(x)
+
+
+def softplus(x: Tensor) -> Tensor:
+    return functional.softplus(x)
+
+
+def gelu(x: Tensor) -> Tensor:
+    return functional.gelu(x, approximate="tanh")
+
+
+def soft_cap(x: Tensor, cap: float) -> Tensor:
+    return cap * torch.tanh(x / cap)
+
+
+def gated(gate: Tensor, up: Tensor, activation: Activation) -> Tensor:
+    if activation.limit is not None:
+        gate = gate if activation.limits_last else gate.clamp(max=activation.limit)
+        up = up.clamp(-activation.limit, activation.limit)
+    first = gelu(gate) if activation.is_gelu else gate * torch.sigmoid(activation.alpha * gate)
+    if activation.limits_last:
+        first = first.clamp(max=activation.limit)
+    return first * (up + activation.offset)
+
+
 class TrainingOperators(WholeProducts):
     """Operators for sequences that are whole: each begins at position 0 and ends in this step."""
+
+    sigmoid = staticmethod(sigmoid)
+    softplus = staticmethod(softplus)
+    gelu = staticmethod(gelu)
+    gated = staticmethod(gated)
+
+    @staticmethod
+    def convolve(
+        x: Tensor,
+        weight: Tensor,
+        states: Tensor,
+        sequences: Sequence[StepSequence],
+        bias: Tensor | None = None,
+        *,
+        activates: bool = True,
+    ) -> Tensor:
+        found = convolve(x, weight, states, sequences, bias, activates=False)
+        return functional.silu(found) if activates else found
+
+    @staticmethod
+    def decay(x: Tensor, log_rate: Tensor, bias: Tensor, bound: float | None = None) -> Tensor:
+        wide = x.float() + bias.float()
+        rate = torch.exp(log_rate.float()).repeat_interleave(x.shape[1] // len(log_rate))
+        return torch.exp(-rate * softplus(wide) if bound is None else bound * torch.sigmoid(rate * wide))
 
     @staticmethod
     def route(

@@ -86,10 +86,20 @@ def load_state(folder: Path, identity: Mapping[str, Any]) -> TrainingState:
         ) from None
     old = notes.pop("identity")
     if old != identity:
-        differing = next(key for key in {**old, **identity} if old.get(key) != identity.get(key))
+        differing, before, now = _difference(old, identity)
         raise ConflictError(
-            f"{folder} holds a run that was begun with {differing} = {describe(old.get(differing))}, and now it is "
-            f"{describe(identity.get(differing))}.",
+            f"{folder} holds a run that was begun with {differing} = {describe(before)}, and now it is "
+            f"{describe(now)}.",
             remedy=f"Give the same options to go on, or remove {folder} to begin anew.",
         )
     return TrainingState(**found, notes=notes)
+
+
+def _difference(old: Mapping[str, Any], new: Mapping[str, Any]) -> tuple[str, Any, Any]:
+    """The first key that differs, dotted where it is within another one, and both of its values."""
+    key = next(key for key in {**old, **new} if old.get(key) != new.get(key))
+    before, now = old.get(key), new.get(key)
+    if not isinstance(before, Mapping) or not isinstance(now, Mapping):
+        return key, before, now
+    inner, before, now = _difference(before, now)
+    return f"{key}.{inner}", before, now

@@ -17,7 +17,6 @@ from torch import Tensor
 
 from amalgam.calibration.frames import linear
 from amalgam.kernels.backends.reference.interpreter import execute
-from amalgam.kernels.backends.reference.operators import changed_logits
 from amalgam.kernels.layouts import dense
 from amalgam.kernels.packed import PackedWeight
 from amalgam.kernels.program import Program
@@ -26,7 +25,7 @@ from amalgam.models.decoder import emit, ropes_of, tables_of
 from amalgam.models.kv_cache import KVCache
 from amalgam.models.spec import ModelSpec
 from amalgam.models.weights import WeightVersion
-from amalgam.training.operators import TrainingFrame, TrainingOperators
+from amalgam.training.operators import TrainingFrame, TrainingOperators, soft_cap
 from amalgam.training.weights import Trained
 
 _BLOCK_SIZE = 16
@@ -120,4 +119,5 @@ class Student:
     def logits(self, weights: Expanded, hidden: Tensor) -> Tensor:
         """float32 `[rows, vocabulary]`."""
         head = weights.program.head
-        return changed_logits(linear(hidden, head.weight, head.bias), head.scale, head.softcap)
+        logits = linear(hidden, head.weight, head.bias) * head.scale
+        return logits if head.softcap is None else soft_cap(logits, head.softcap)

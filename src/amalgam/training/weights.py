@@ -55,21 +55,19 @@ class TrainedValues(Trained):
         self._dtype = weight.dense.dtype
         wide = weight.dense.float()
         self._unit = float(wide.square().mean().sqrt()) or 1.0
-        self._start = wide / self._unit
-        if rank is None:
-            self.parameters = {"values": _leaf(self._start)}
-        else:
-            self.parameters = _low_rank(self._start, rank, generator)
+        start = wide / self._unit
+        self._start = None if rank is None else start
+        self.parameters = {"values": _leaf(start)} if rank is None else _low_rank(start, rank, generator)
 
     def value(self) -> Tensor:
         return _rounded(self._wide(), self._dtype)
 
     def packed(self) -> PackedWeight:
-        return dense(self._wide().detach().to(self._dtype))
+        return dense(_stored(self._wide(), self._dtype))
 
     def _wide(self) -> Tensor:
-        values = self.parameters.get("values")
-        return self._unit * (self._start + _product(self.parameters) if values is None else values)
+        values = self.parameters["values"] if self._start is None else self._start + _product(self.parameters)
+        return self._unit * values
 
 
 class TrainedScales(Trained):
@@ -85,7 +83,7 @@ class TrainedScales(Trained):
         return replace(self._weight, parts={**self._weight.parts, "scale": scale}).unpack()
 
     def packed(self) -> PackedWeight:
-        scale = self._grown().detach().to(self._scale.dtype)
+        scale = _stored(self._grown(), self._scale.dtype)
         return replace(self._weight, parts={**self._weight.parts, "scale": scale})
 
     def _grown(self) -> Tensor:
@@ -119,12 +117,13 @@ class TrainedCodes(Trained):
         self._unit = 1.0 if is_integer else allowed.high / _FLOATS_OF_CODES
         if wide is not None and is_integer:
             codes = codes + (in_codes(weight, wide.float()) - codes).clamp(-_INSIDE, _INSIDE)
-        self._start = codes / self._unit
+        start = codes / self._unit
+        self._start = None if rank is None else start
         growth = _leaf(torch.zeros(self._scale.shape, device=codes.device))
         if rank is None:
-            self.parameters = {"growth": growth, "codes": _leaf(self._start)}
+            self.parameters = {"growth": growth, "codes": _leaf(start)}
         else:
-            self.parameters = {"growth": growth, **_low_rank(self._start, rank, generator)}
+            self.parameters = {"growth": growth, **_low_rank(start, rank, generator)}
 
     def value(self) -> Tensor:
         numbers = self._numbers()
@@ -134,11 +133,11 @@ class TrainedCodes(Trained):
     def packed(self) -> PackedWeight:
         codes = nearest(self._numbers().detach(), self._weight, self._allowed)
         made = with_codes(self._weight, codes)
-        return replace(made, parts={**made.parts, "scale": self._grown().detach().to(self._scale.dtype)})
+        return replace(made, parts={**made.parts, "scale": _stored(self._grown(), self._scale.dtype)})
 
     def _numbers(self) -> Tensor:
-        codes = self.parameters.get("codes")
-        return self._unit * (self._start + _product(self.parameters) if codes is None else codes)
+        codes = self.parameters["codes"] if self._start is None else self._start + _product(self.parameters)
+        return self._unit * codes
 
     def _grown(self) -> Tensor:
         return self._scale.float() * self.parameters["growth"].exp()
@@ -164,5 +163,10 @@ def _rounded(wide: Tensor, dtype: torch.dtype) -> Tensor:
     """As it is stored, float32; a gradient passes by the rounding."""
     if dtype is torch.float32:
         return wide
-    stored = wide.detach().to(dtype).float()
-    return wide + (stored - wide.detach())
+    return wide + (_stored(wide, dtype).float() - wide.detach())
+
+
+def _stored(wide: Tensor, dtype: torch.dtype) -> Tensor:
+    """As it is stored; what is larger than the type can say becomes its largest, where fp8 would have NaN."""
+    largest = torch.finfo(dtype).max
+    return wide.detach().clamp(-largest, largest).to(dtype)

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from amalgam.kernels.backends.base import ActivationType, Compiled, Tables, describe
-from amalgam.kernels.backends.reference.operators import Operators, changed_logits, gelu, largest, part_pairs
+from amalgam.kernels.backends.reference.operators import Operators, changed_logits, largest, part_pairs
 from amalgam.kernels.chosen import Choice, chooses
 from amalgam.kernels.packed import PackedWeight
 from amalgam.kernels.program import (
@@ -415,7 +415,7 @@ def _swiglu(one: SwiGlu, frame: Frame) -> None:
 
 def _gelu(one: Gelu, frame: Frame) -> None:
     x = frame.get(one.x)
-    frame.put(one.x, gelu(x.float()).to(x.dtype))
+    frame.put(one.x, frame.operators.gelu(x.float()).to(x.dtype))
 
 
 def _clamp(one: Clamp, frame: Frame) -> None:

@@ -537,6 +537,7 @@ class Operators:
     moe = staticmethod(moe)
     rotate = staticmethod(rotate)
     sigmoid = staticmethod(sigmoid)
+    gelu = staticmethod(gelu)
     gated = staticmethod(gated)
     convolve = staticmethod(convolve)
     decay = staticmethod(decay)
