@@ -15,13 +15,13 @@ from amalgam.kernels.layouts import dense
 from amalgam.kernels.packed import GEGLU, SWIGLU, Activation
 from amalgam.models.registry import all_families, read_spec
 from amalgam.models.spec import Family
-from amalgam.training.initial import Shape, initial_weights, layers_taken, smaller_config
+from amalgam.training.initial import Shape, drawn_matrices, initial_weights, layers_taken, smaller_config
 from amalgam.training.operators import TrainingOperators
 from amalgam.training.selection import LEARNING, Selection, trained_weights
 from amalgam.training.student import Student
 from tests.errors import raises
 from tests.models.harness import Runner, load_model
-from tests.models.tiny import save_tiny
+from tests.models.tiny import BASE_CONFIG, save_tiny
 
 # Experts; windows, caps, norms around; latent keys; a delta rule beside attention; short convolutions; sinks.
 FAMILIES = ("qwen3_moe", "gemma2", "deepseek_v3", "qwen3_next", "lfm2_moe", "gpt_oss")
@@ -88,10 +88,20 @@ def test_slices_of_a_teacher_make_a_model(width: float, layers: int | None, tmp_
     assert {slot.name: slot.shape for slot in spec.slots} == {name: tuple(value.shape) for name, value in made.items()}
     rows, columns = made["layers.0.attention.o"].shape
     assert torch.equal(made["layers.0.attention.o"], value_of("layers.0.attention.o")[:rows, :columns])
+    assert drawn_matrices(spec, decoder.spec) == []
     drawn = dict(initial_weights(spec, decoder.spec, value_of, "random", 0.5, 0))
     by_name = {slot.name: value for slot, value in drawn.items()}
     assert float(by_name["embedding"].std()) == pytest.approx(0.5, rel=0.05)
     assert torch.equal(by_name["norm"], torch.ones(spec.hidden_size))
+
+
+def test_what_several_weights_in_one_have_no_slice_of_is_named() -> None:
+    config = {**BASE_CONFIG, **family("phi3").tiny_config, "model_type": "phi3"}
+    (_, teacher), (_, narrow), (_, short) = (
+        read_spec(smaller_config(config, shape), "here") for shape in (Shape(), Shape(0.5), Shape(1.0, 1))
+    )
+    assert {name.rpartition(".")[2] for name in drawn_matrices(narrow, teacher)} == {"qkv", "gate_up"}
+    assert drawn_matrices(short, teacher) == []
 
 
 def test_layers_are_taken_from_the_first_to_the_last() -> None:

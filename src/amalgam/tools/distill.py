@@ -42,6 +42,7 @@ from amalgam.tools.export.exporting import open_plan
 from amalgam.tools.export.targets.compressed import dialect
 from amalgam.tools.initial_student import Beginning, is_bare, make_student
 from amalgam.training.drawing import curve_html
+from amalgam.training.initial import drawn_matrices
 from amalgam.training.lessons import lessons_of
 from amalgam.training.losses import DistillationLoss
 from amalgam.training.selection import HEALING, LEARNING, Kind, Selection, has_trainable_scales, trained_weights
@@ -199,6 +200,8 @@ class _Distillation:
         self._teacher = open_plan(teacher, progress, self._device)
         self._student = open_plan(self._begun(student), progress, self._device)
         self._remarks: list[str] = []
+        if options.beginning.start != "random" and (bare is not None or options.beginning.shape is not None):
+            self._note_drawn()
         self._tokenizer = _tokenizer_of(self._teacher)
         self._check_vocabulary(bare)
         longest = min(self._teacher.spec.max_positions, self._student.spec.max_positions)
@@ -225,6 +228,13 @@ class _Distillation:
             make_student(self._teacher, bare, beginning, folder)
         settings = student or self._teacher.settings
         return settings.replace(model={"base_path": str(folder), "name": self._name})
+
+    def _note_drawn(self) -> None:
+        names = {weight.slot.name: weight.choice.name for weight in self._student.planned}
+        drawn = [names[slot] for slot in drawn_matrices(self._student.spec, self._teacher.spec)]
+        if drawn:
+            some = ", ".join(drawn[:_MAX_NAMED]) + (", …" if len(drawn) > _MAX_NAMED else "")
+            self._remarks.append(f"{len(drawn)} weights began at random: the teacher has no slice for them: {some}.")
 
     def _select(self) -> Selection:
         is_quantized = any(not weight.format.is_wide for weight in self._student.planned)

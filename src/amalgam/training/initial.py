@@ -142,14 +142,9 @@ def initial_weights(
             do nothing; what is neither is a slice all the same. What the teacher has no slice of is drawn, or 0.
     """
     generator = torch.Generator().manual_seed(seed)
-    shapes = {slot.name: slot.shape for slot in teacher.slots}
-    taken = layers_taken(teacher.num_layers, min(spec.num_layers, teacher.num_layers))
-    for slot in spec.slots:
-        source = _source(slot.name, taken)
-        shape = shapes.get(source or "")
-        has_slice = shape is not None and _has_slice(slot, shape)
+    for slot, source in _sources(spec, teacher):
         is_matrix = len(slot.shape) == 2
-        if has_slice and source is not None and (start == "slices" or not (is_matrix or slot.role == "norm")):
+        if source is not None and (start == "slices" or not (is_matrix or slot.role == "norm")):
             yield slot, value_of(source)[tuple(slice(size) for size in slot.shape)].clone()
         elif is_matrix:
             yield slot, torch.randn(slot.shape, generator=generator) * (_STD if std is None else std)
@@ -157,6 +152,21 @@ def initial_weights(
             is_factor = slot.role == "norm" and not slot.name.endswith("_bias")
             adds_one = getattr(spec.norm, "adds_one", False)
             yield slot, torch.ones(slot.shape) if is_factor and not adds_one else torch.zeros(slot.shape)
+
+
+def drawn_matrices(spec: ModelSpec, teacher: ModelSpec) -> list[str]:
+    """Slots of a student that begins with slices, and of which the teacher has none: they are drawn."""
+    return [slot.name for slot, source in _sources(spec, teacher) if source is None and len(slot.shape) == 2]
+
+
+def _sources(spec: ModelSpec, teacher: ModelSpec) -> Iterator[tuple[Slot, str | None]]:
+    """Each slot of a student, and the teacher's that it is a slice of."""
+    shapes = {slot.name: slot.shape for slot in teacher.slots}
+    taken = layers_taken(teacher.num_layers, min(spec.num_layers, teacher.num_layers))
+    for slot in spec.slots:
+        source = _source(slot.name, taken)
+        shape = shapes.get(source or "")
+        yield slot, source if shape is not None and _has_slice(slot, shape) else None
 
 
 def _source(name: str, taken: Sequence[int]) -> str | None:
