@@ -157,12 +157,14 @@ def test_a_bare_folder_says_what_the_student_is(capsys: pytest.CaptureFixture[st
         (["--model", str(DEMO), "--text", "TEXT", "--alpha", "0", "--kl", "reverse"], 2, "--kl"),
         (["--model", str(DEMO), "--text", "TEXT", "--window", "10000"], 2, "10000"),
         (["--model", str(DEMO), "--answers", "EMPTY"], 2, "EMPTY"),
+        (["--teacher", "plan.yaml", "--width", "0.5", "--inference.load_in_4bit", "true"], 2, "load_in_8bit"),
     ],
 )
 def test_what_cannot_be_learned_is_named(
     capsys: pytest.CaptureFixture[str], text: Path, tmp_path: Path, arguments: list[str], code: int, named: str
 ) -> None:
-    files = {"TEXT": text, "EMPTY": tmp_path / "empty.jsonl"}
+    files = {"TEXT": text, "EMPTY": tmp_path / "empty.jsonl", "plan.yaml": tmp_path / "plan.yaml"}
+    files["plan.yaml"].write_text(f"model: {{base_path: {DEMO}}}\ninference: {{load_in_8bit: true}}\n")
     files["EMPTY"].write_text("")
     found, out, err = run(capsys, str(tmp_path / "out"), *(str(files.get(item, item)) for item in arguments))
     assert found == code and out == "" and str(files.get(named, named)) in err

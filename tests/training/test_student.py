@@ -96,7 +96,7 @@ def test_slices_of_a_teacher_make_a_model(width: float, layers: int | None, tmp_
 
 
 def test_what_several_weights_in_one_have_no_slice_of_is_named() -> None:
-    config = {**BASE_CONFIG, **family("phi3").tiny_config, "model_type": "phi3"}
+    config = {**BASE_CONFIG, **family("phi3").tiny_config, "model_type": "phi3", "architectures": ["Phi3ForCausalLM"]}
     (_, teacher), (_, narrow), (_, short) = (
         read_spec(smaller_config(config, shape), "here") for shape in (Shape(), Shape(0.5), Shape(1.0, 1))
     )
