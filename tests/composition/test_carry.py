@@ -5,10 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
-from tests.models.tiny import write_checkpoint
 
 from amalgam.checkpoint.store import TensorStore
 from amalgam.composition.carry import carry_files
+from tests.models.tiny import write_checkpoint
 
 
 def test_what_is_carried_twice_is_there_once(tmp_path: Path) -> None:
