@@ -166,6 +166,10 @@ def server_figures(log: Path, load: Load) -> Figures:
     """Of the latest requests of the load, from a server's log in JSON: those before them warmed it up."""
     lines = [json.loads(line) for line in log.read_text().splitlines() if line.startswith("{")]
     answers = [line for line in lines if line.get("generated_tokens") == load.output_tokens][-load.requests :]
+    if len(answers) < load.requests:
+        raise SystemExit(
+            f"{log} has {len(answers)} of {load.requests} requests: start the server with --server.log_format json."
+        )
     ends = [datetime.fromisoformat(one["time"]).timestamp() for one in answers]
     first, whole = ([one[name] for one in answers] for name in ("first_token_seconds", "seconds"))
     span = max(ends) - min(end - seconds for end, seconds in zip(ends, whole, strict=True))
@@ -240,6 +244,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "--saturation", action="store_true", help="search it instead, beside what the simulated one bears"
     )
     options = parser.parse_args(arguments)
+    if options.server_log is not None and options.url is None:
+        parser.error("--server-log is of the server at --url")
     exit_on_signals()
     programs = {"ours": ""} | {
         name: getattr(options, name) for name in ("aiperf", "guidellm") if getattr(options, name)

@@ -12,11 +12,12 @@ import torch
 from amalgam.composition.loader import ModelLoader
 from amalgam.config.settings import InferenceSettings, ModelSettings
 from amalgam.errors import CheckpointError, ConfigError, ConflictError
+from amalgam.evaluation.quality import scored
 from amalgam.evaluation.running import open_contestant
 from amalgam.kernels.layouts import dense
 from amalgam.kernels.packed import PackedWeight
 from amalgam.models.registry import all_families
-from amalgam.training.lessons import Lesson, batches, parts_of, rows_of
+from amalgam.training.lessons import Lesson, batches, parts_of, windows_of
 from amalgam.training.losses import DistillationLoss
 from amalgam.training.selection import LEARNING, Kind, Selection, trained_weights
 from amalgam.training.student import Student
@@ -155,7 +156,7 @@ def test_lessons_come_in_an_order_of_their_own() -> None:
     assert first == again and first[:3] != first[3:]
     assert {one for batch in first[:3] for one in batch} == set(LESSONS)
     assert [len(part) for part in parts_of([lesson(0, 40), lesson(1, 4), lesson(2, 4)], 8)] == [1, 2]
-    rows, labels = rows_of([Lesson((5, 6, 7, 8), 2), Lesson((9, 10))])
+    rows, labels = scored(windows_of([Lesson((5, 6, 7, 8), 2), Lesson((9, 10))]))
     assert rows.tolist() == [1, 2, 4] and labels.tolist() == [7, 8, 10]
 
 

@@ -98,19 +98,6 @@ def windows_of(lessons: Sequence[Lesson]) -> list[Window]:
     return [Window("", index, lesson.token_ids, 0.0, lesson.first) for index, lesson in enumerate(lessons)]
 
 
-def rows_of(lessons: Sequence[Lesson]) -> tuple[torch.Tensor, torch.Tensor]:
-    """Of lessons one after the other: the rows that predict a token that counts, and those tokens; int64."""
-    rows: list[int] = []
-    labels: list[int] = []
-    start = 0
-    for lesson in lessons:
-        size = len(lesson.token_ids)
-        rows += range(start + lesson.first - 1, start + size - 1)
-        labels += lesson.token_ids[lesson.first :]
-        start += size
-    return torch.tensor(rows, dtype=torch.int64), torch.tensor(labels, dtype=torch.int64)
-
-
 def parts_of(lessons: Sequence[Lesson], num_tokens: int) -> Iterator[list[Lesson]]:
     """Lessons in order, as many together as have `num_tokens` tokens; a longer one alone."""
     part: list[Lesson] = []

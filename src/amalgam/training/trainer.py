@@ -22,9 +22,10 @@ from torch import Tensor
 
 from amalgam.composition.progress import Progress
 from amalgam.errors import ConfigError
+from amalgam.evaluation.quality import scored
 from amalgam.evaluation.running import Contestant, rows_at_once
 from amalgam.training.adam import Adam
-from amalgam.training.lessons import Lesson, batches, parts_of, rows_of, windows_of
+from amalgam.training.lessons import Lesson, batches, parts_of, windows_of
 from amalgam.training.losses import DistillationLoss, Losses
 from amalgam.training.state import TrainingState, is_begun, load_state, save_state
 from amalgam.training.student import Expanded, Student
@@ -290,7 +291,7 @@ class DistillationTrainer:
         self, loss: DistillationLoss, weights: Expanded, hidden: Tensor, taught: Tensor | None, part: Sequence[Lesson]
     ) -> Iterator[Losses]:
         """Of some rows at a time, so that logits of few are in memory."""
-        rows, labels = rows_of(part)
+        rows, labels = scored(windows_of(part))
         for some, wanted in zip(rows.split(self._at_once), labels.split(self._at_once), strict=True):
             logits = self._student.logits(weights, hidden[some.to(hidden.device)])
             teacher = None if taught is None else self._teacher.logits(taught[some.to(taught.device)])
