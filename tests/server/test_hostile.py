@@ -11,6 +11,8 @@ import httpx
 import pytest
 
 from amalgam.engine.params import SamplingParams
+from amalgam.errors import OverloadedError
+from amalgam.server.permissions import QUEUED
 from tests.server.conftest import wait_until
 from tests.server.fakes import FakeDeployment
 
@@ -247,12 +249,23 @@ def test_a_refused_number_costs_no_tokenizing_and_no_step(client: httpx.Client, 
     assert deployment.engine.num_submitted == 0
 
 
-def test_nothing_refused_for_overload_is_tokenized(client: httpx.Client, deployment: FakeDeployment) -> None:
+@pytest.mark.parametrize("path", sorted(QUEUED))
+def test_nothing_is_read_of_what_an_overload_refuses(
+    client: httpx.Client, deployment: FakeDeployment, path: str
+) -> None:
     deployment.engine.num_waiting = 10**6
     deployment.encode = lambda text: pytest.fail("tokenized")
-    response = client.post("/generate", json=GOOD)
-    assert (response.status_code, response.json()["error"]["type"]) == (503, "overloaded")
+    response = client.post(path, content="no JSON", headers={"Content-Type": "application/json"})
+    assert response.status_code == (529 if path == "/v1/messages" else OverloadedError.http_status)  # Anthropic's own
     assert "retry-after" in response.headers
+
+
+def test_a_full_queue_refuses_nothing_that_takes_no_place(client: httpx.Client, deployment: FakeDeployment) -> None:
+    deployment.engine.num_waiting = 10**6
+    assert client.post("/detokenize", json={"tokens": [97]}).status_code == 200
+    assert client.get("/model_info").status_code == 200
+    assert client.get("/generate").status_code == 405
+    assert client.post("/weights/plan", json={"mapping": {}}).status_code != OverloadedError.http_status
 
 
 def test_unexpected_errors_give_an_id_and_no_more(

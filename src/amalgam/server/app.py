@@ -49,6 +49,7 @@ from amalgam.server.http.limits import RateLimits
 from amalgam.server.http.logs import start_logging
 from amalgam.server.http.methods import HeadMethod
 from amalgam.server.http.origins import OriginGuard, is_loopback
+from amalgam.server.http.queueing import QueueGuard
 from amalgam.server.http.tls import Certificate, certificate_of
 from amalgam.server.http.tracing import Tracer, tracer_of
 from amalgam.server.interface import Deployment
@@ -156,6 +157,7 @@ def add_middleware(app: FastAPI, service: Service, keys: KeyRing, tracer: Tracer
     """What each request passes, from the last to the first: its path, its record, whose page and key it comes from."""
     settings = service.settings.server
     paths = set(paths_of(app.routes))
+    app.add_middleware(QueueGuard, check_room=service.check_room)
     app.add_middleware(BodyLimit, max_bytes=settings.max_body_bytes, max_seconds=settings.body_seconds)
     app.add_middleware(HeadMethod)
     app.add_middleware(RateLimits)

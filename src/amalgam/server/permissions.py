@@ -1,4 +1,4 @@
-"""Which key each endpoint needs.
+"""Which key each endpoint needs, and which of them take a place in the queue.
 
 In: methods and paths. Out: permissions. What changes the server or shows others' traffic needs the admin key; probes,
 and pages that show nothing by themselves, need none; the rest needs a key. An endpoint that is not listed here needs
@@ -17,6 +17,9 @@ KEYLESS_BELOW = ("/dashboard/static/", "/static/")
 WITH_KEY = {"/generate", "/batch_generate", "/model_info", "/experts/precision_map", "/tokenize", "/detokenize"}
 WITH_KEY |= {"/dashboard/chat", "/metrics", "/summarize", "/weights", "/models", "/chat/completions", "/props"}
 WITH_KEY_BELOW = ("/v1/",)
+# Of those, what waits in the queue for its turn to be computed.
+QUEUED = {"/generate", "/batch_generate", "/summarize", "/dashboard/chat", "/chat/completions", "/v1/chat/completions"}
+QUEUED |= {"/v1/completions", "/v1/responses", "/v1/embeddings", "/v1/messages"}
 WITH_ADMIN_KEY = {
     "/update_weight_mapping", "/reload_weights", "/reset_expert_stats", "/export_expert_stats", "/expert_stats",
     "/serving", "/remaps", "/manifest", "/autoplan", "/explain", "/filters",
@@ -49,6 +52,7 @@ def permissions(paths: Iterable[str], *, keyless_metrics: bool) -> Callable[[str
         needs = needs_of(path)
         if needs is None:  # of no endpoint, unless it is unlisted: told only to whom the server is open
             return Permission(Needs.ADMIN if path in unlisted else Needs.KEY)
-        return Permission(needs, is_metered=needs is Needs.KEY and method == "POST")
+        is_metered = needs is Needs.KEY and method == "POST"
+        return Permission(needs, is_metered, takes_place=is_metered and path in QUEUED)
 
     return permission

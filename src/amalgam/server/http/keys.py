@@ -61,10 +61,16 @@ class Needs(enum.IntEnum):
 
 @dataclass(frozen=True)
 class Permission:
-    """What a request needs, and whether the limits on requests and tokens count it."""
+    """What a request needs.
+
+    Attributes:
+        is_metered: the limits on requests and tokens count it.
+        takes_place: it waits in the queue until there is room for it.
+    """
 
     needs: Needs
     is_metered: bool = False
+    takes_place: bool = False
 
 
 @dataclass(frozen=True)
@@ -176,7 +182,7 @@ class KeyRing:
 
 
 class KeyGuard:
-    """Refuses requests without the key that they need, and notes whose it is.
+    """Refuses requests without the key that they need, and notes whose it is and what the request is.
 
     Args:
         permission: method and path → what that needs.
@@ -204,6 +210,7 @@ class KeyGuard:
         record.may_overtake = self._keys.may_overtake(caller)
         scope["state"]["caller"] = caller or self._keys.anonymous
         scope["state"]["is_metered"] = permission.is_metered
+        scope["state"]["takes_place"] = permission.takes_place
         await self.app(scope, receive, send)
 
 
