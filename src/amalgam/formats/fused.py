@@ -17,7 +17,6 @@ import math
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from itertools import islice
 from pathlib import Path
 from typing import NoReturn
 
@@ -197,9 +196,9 @@ def split_fused(
         weight = tensors.get(name[: len(name) - len(suffix)]) or tensors.get(
             f"{name[: len(name) - len(suffix)]}.weight"
         )
-        parts = _split(entry, fused, suffix, weight, block_rows, _NUMBER.findall(name))
-        pieces += islice(parts, MAX_PIECES + 1 - len(pieces))
-        check_num_pieces(len(pieces), entry)
+        num_experts = entry.shape[0] if fused.is_stacked and entry.shape else 1
+        check_num_pieces(len(pieces) + num_experts * len(fused.modules), entry)
+        pieces += _split(entry, fused, suffix, weight, block_rows, _NUMBER.findall(name))
     return pieces, others
 
 
