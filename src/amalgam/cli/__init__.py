@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import importlib
 import logging
 import os
@@ -60,13 +61,17 @@ class _Verbs(TyperGroup):
         return super().resolve_command(ctx, [words, *args[2:]] if words in VERBS else args)
 
     def get_command(self, ctx: Any, cmd_name: str) -> Any:
-        if cmd_name not in VERBS:
-            return None
-        command = importlib.import_module(f"amalgam.cli.{cmd_name.replace(' ', '_')}").command
-        # Plain help: frames cut names at 80 columns, and markup takes the brackets of a description for its own.
-        verb = typer.Typer(add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False)
-        verb.command(name=cmd_name, context_settings=_HELP, epilog=getattr(command, "epilog", None))(command)
-        return typer.main.get_command(verb)
+        return _command_of(cmd_name) if cmd_name in VERBS else None
+
+
+@functools.cache
+def _command_of(verb: str) -> Any:
+    """A verb with its two hundred flags, made once in a process that runs several verbs."""
+    command = importlib.import_module(f"amalgam.cli.{verb.replace(' ', '_')}").command
+    # Plain help: frames cut names at 80 columns, and markup takes the brackets of a description for its own.
+    alone = typer.Typer(add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False)
+    alone.command(name=verb, context_settings=_HELP, epilog=getattr(command, "epilog", None))(command)
+    return typer.main.get_command(alone)
 
 
 app = typer.Typer(
