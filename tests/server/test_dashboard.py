@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import re
 import threading
 import time
 from collections.abc import Iterator
@@ -19,6 +20,7 @@ from amalgam.config.reading import load_settings
 from amalgam.config.settings import build_settings
 from amalgam.server.dashboard import events, pages
 from amalgam.server.dashboard.events import EventHub
+from amalgam.server.web.files import PageFile, digest_of
 from tests.server.conftest import serving, wait_until, wait_until_ready
 from tests.server.fakes import FakeDeployment, fake_settings
 from tests.server.large import LargeDeployment
@@ -51,6 +53,24 @@ def test_files_come_with_a_strict_policy(shared_client: httpx.Client, path: str)
     plain = shared_client.get(path, headers={"Accept-Encoding": "identity"})
     assert "content-encoding" not in plain.headers
     assert plain.content == response.content
+
+
+def test_files_under_the_pages_digest_are_asked_for_once(shared_client: httpx.Client) -> None:
+    """The address of another content is another one, and what is not known to be ours is asked for each time."""
+    found = dict(re.findall(r'(?:src|href)="(dashboard/static/([0-9a-f]{12})/)', shared_client.get("/dashboard").text))
+    [(folder, digest)] = found.items()
+    caching = {
+        path: shared_client.get(f"{path}page.css").headers["cache-control"]
+        for path in (folder, "dashboard/static/", "dashboard/static/0123456789ab/")
+    }
+    assert caching.pop(folder) == "max-age=31536000, immutable"
+    assert set(caching.values()) == {"no-cache"}
+    for name in ("page.css", "panels/memory.js"):
+        assert shared_client.get(folder + name).content == shared_client.get(f"dashboard/static/{name}").content
+    assert shared_client.get("/dashboard").headers["cache-control"] == "no-cache"
+    assert shared_client.get(f"dashboard/static/{digest}").status_code == 404
+    changed = {**pages.files(), "page.css": PageFile(b"", "text/css")}
+    assert digest_of(pages.files()) == digest != digest_of(changed)
 
 
 def test_what_is_no_file_of_the_page(shared_client: httpx.Client) -> None:

@@ -113,7 +113,7 @@ UNREADABLE = f"""
 WORST_EXPERT_COLOR = f"""
     const done = arguments[0];
     {CONTRAST}
-    import(new URL("dashboard/static/theme.js", document.baseURI)).then((theme) => {{
+    import(new URL("theme.js", document.querySelector("script[type=module]").src)).then((theme) => {{
         const text = getComputedStyle(document.body).color;
         let worst = Infinity;
         for (let expert = 0; expert < 128; expert += 1) {{

@@ -551,7 +551,7 @@ def test_a_model_without_experts(page: Page, model: ScriptedModel, url: str) -> 
 
 def test_npy(page: Page) -> None:
     script = """const [text, done] = arguments;
-        import(new URL("static/npy.js", document.baseURI)).then(({readNpy}) => {
+        import(new URL("npy.js", document.querySelector("script[type=module]").src)).then(({readNpy}) => {
             const {shape, values} = readNpy(text);
             done([shape, [...values]]);
         });"""
@@ -729,7 +729,7 @@ def test_with_a_real_model_and_a_users_key(browser: Page, demo_url: str) -> None
     ).json()
     [choice] = answer["choices"]
     kept = """const done = arguments[0];
-        import(new URL("static/app.js", document.baseURI))
+        import(new URL("app.js", document.querySelector("script[type=module]").src))
             .then(({app}) => done(app.current.nodes[app.current.leaf].content))"""
     assert browser.driver.execute_async_script(kept) == choice["message"]["content"]
     assert f"prompt {answer['usage']['prompt_tokens']}" in browser.text(".figures")

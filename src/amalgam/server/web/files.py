@@ -5,6 +5,10 @@ at the first request exist; a path is never opened. Must never know: which pages
 
 The shared files are served beside a page's own, so that modules name each other by `./name.js` wherever they lie. What
 differs from page to page has the same name in each: `i18n.js` reads the page's `words.js`.
+
+A page names its files under a digest of them all, `static/0123456789ab/name.js`, and modules find each other below it.
+Such an address means one content for ever, so that browsers ask for no file twice. Without the digest, or under that of
+another installation (a page was loaded from another replica), there is the same file, which is asked for each time.
 """
 
 from __future__ import annotations
@@ -13,9 +17,10 @@ import asyncio
 import gzip
 import hashlib
 import importlib.resources
+import re
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
-from functools import cached_property
+from dataclasses import dataclass, replace
+from functools import cached_property, lru_cache
 from importlib.resources.abc import Traversable
 from pathlib import PurePosixPath
 
@@ -33,7 +38,9 @@ HEADERS = {
     "Cross-Origin-Resource-Policy": "same-origin",
     "Cache-Control": "no-cache",  # kept, but asked for again each time: the ETag answers
 }
+KEPT = {"Cache-Control": "max-age=31536000, immutable"}
 PAGE = "index.html"
+_DIGEST = re.compile(r"[0-9a-f]{12}")
 MEDIA_TYPES = {
     ".css": "text/css; charset=utf-8",
     ".html": "text/html; charset=utf-8",
@@ -57,9 +64,13 @@ class PageFile:
     def compressed(self) -> bytes:
         return gzip.compress(self.content, 6, mtime=0)
 
-    def response(self, request: Request, vary: str = "Accept-Encoding") -> Response:
-        """The file, or 304 if the client has it."""
-        headers = {**HEADERS, "ETag": self.etag, "Vary": vary}
+    def response(self, request: Request, vary: str = "Accept-Encoding", *, is_kept: bool = False) -> Response:
+        """The file, or 304 if the client has it.
+
+        Args:
+            is_kept: its address will never mean anything else.
+        """
+        headers = {**HEADERS, **(KEPT if is_kept else {}), "ETag": self.etag, "Vary": vary}
         if self.etag in request.headers.get("if-none-match", ""):
             return Response(status_code=304, headers=headers)
         if "gzip" not in request.headers.get("accept-encoding", ""):
@@ -85,19 +96,37 @@ def read_files(package: str) -> dict[str, PageFile]:
     return found
 
 
+def digest_of(files: Mapping[str, PageFile]) -> str:
+    """Of the names and contents of all files."""
+    whole = "".join(f"{name}{file.etag}" for name, file in sorted(files.items()))
+    return hashlib.sha256(whole.encode()).hexdigest()[:12]
+
+
+@lru_cache(8)
+def _naming(page: PageFile, digest: str) -> PageFile:
+    """The page with the digest in the addresses of its files."""
+    content = re.sub(rb'((?:href|src)="(?:\w+/)*static/)', rb"\g<1>" + digest.encode() + b"/", page.content)
+    return replace(page, content=content)
+
+
 async def file_response(
     files: Callable[[], Mapping[str, PageFile]], name: str, request: Request, vary: str = "Accept-Encoding"
 ) -> Response:
-    """The file of that name. `files` may read them first, in a thread.
+    """The file of that name, which may begin with a digest. `files` may read them first, in a thread.
 
     Raises:
         HTTPException: 404.
     """
 
     def respond() -> Response:
-        found = files().get(name)
+        known = files()
+        digest = digest_of(known)
+        asked, slash, rest = name.partition("/")
+        found = known.get(rest if slash and _DIGEST.fullmatch(asked) else name)
         if found is None:
             raise HTTPException(404)
-        return found.response(request, vary)
+        if found.media_type == MEDIA_TYPES[".html"]:
+            return _naming(found, digest).response(request, vary)
+        return found.response(request, vary, is_kept=asked == digest)
 
     return await asyncio.to_thread(respond)

@@ -8,7 +8,7 @@ let loading = null;
 function plotly() {
   loading ??= new Promise((resolve, reject) => {
     const script = document.createElement("script");
-    script.src = "dashboard/static/plotly.min.js";
+    script.src = new URL("./plotly.min.js", import.meta.url);
     script.onload = () => resolve(window.Plotly);
     script.onerror = () => reject(new Error("plotly.min.js"));
     document.head.append(script);

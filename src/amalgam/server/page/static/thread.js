@@ -97,7 +97,7 @@ function welcome(isShown) {
   section.hidden = !isShown;
   if (!isShown) return;
   fill(section,
-    h("img", { src: "static/icon.svg", alt: "", width: "48", height: "48" }),
+    h("img", { src: new URL("./icon.svg", import.meta.url), alt: "", width: "48", height: "48" }),
     h("h2", {}, t("welcome")),
     h("p", { class: "quiet" }, t("welcome_text", server.model || t("this_server"))),
     h("div", { class: "suggestions" }, SUGGESTIONS.map((word) => h("button", { type: "button", class: "suggestion", onclick: () => suggest(t(word)) }, t(word)))));
