@@ -61,7 +61,7 @@ def test_any_number_of_rows_of_every_layout(
         expected = x.double() @ weight.dequantize(torch.float64).T
         bound = 0.04 if name.startswith("int") and activation == "int8" else 0.01
         assert (together.double() - expected).abs().max() < bound * expected.abs().max(), name
-        for rows in ROWS:
+        for rows in ROWS[:-1]:  # fewer than `together` has
             assert torch.equal(linear(x[:rows], weight), together[:rows]), (name, rows)
             assert torch.equal(linear(x[-rows:], weight), together[-rows:]), (name, rows)
 

@@ -109,10 +109,10 @@ def within(entries: Iterable[str]) -> Matches:
     return matches
 
 
-def regex(reader: Reader, key: str, patterns: Iterable[str], *, anywhere: bool = False) -> Matches:
+def regex(reader: Reader, key: str, patterns: Sequence[str], *, anywhere: bool = False) -> Matches:
     """Patterns matched from the start of a name (or anywhere), not bound to its end."""
+    reader.count_patterns(key, len(patterns))
     compiled = [_compiled(reader, key, pattern, anywhere=anywhere) for pattern in patterns]
-    reader.count_patterns(key, len(compiled))
     return lambda module: any(matches(module) for matches in compiled)
 
 
