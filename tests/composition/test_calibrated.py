@@ -35,7 +35,7 @@ def texts(tmp_path: Path) -> CalibrationTexts:
     file = tmp_path / "texts.json"
     words = TEXT.split()
     file.write_text(json.dumps([" ".join(words[shift:] + words[:shift]) for shift in range(len(words))]))
-    return CalibrationTexts((file,), max_tokens=2048, sequence_tokens=128, min_expert_tokens=400)
+    return CalibrationTexts((file,), max_tokens=1024, sequence_tokens=128, min_expert_tokens=200)
 
 
 def tiny(folder: Path, family: str) -> Path:
@@ -64,9 +64,9 @@ def test_calibrated_int4_is_nearer_to_the_model_than_rounding_at_the_same_bytes(
     rounded = make_checkpoint(str(base), tmp_path / "round", Recipe("int4", GROUPS))
     report = make_checkpoint(str(base), tmp_path / method, Recipe("int4", GROUPS, method, texts=texts))
     assert report.bytes_after == rounded.bytes_after
-    assert report.num_tokens == 2048 and report.rounded == []
-    assert all(shown >= max(400, sent) for sent, shown in report.expert_tokens.values())
-    assert any(sent < 400 for sent, _ in report.expert_tokens.values())
+    assert report.num_tokens == 1024 and report.rounded == []
+    assert all(shown >= max(200, sent) for sent, shown in report.expert_tokens.values())
+    assert any(sent < 200 for sent, _ in report.expert_tokens.values())
     reference = logits(base, TEXT)  # of the kind that it was calibrated with: so few words tell of no other
     distances = [divergence(reference, logits(tmp_path / name, TEXT)) for name in (method, "round")]
     assert distances[0] < distances[1]
@@ -182,7 +182,7 @@ def test_a_full_disk_names_the_folder_and_keeps_what_is_complete(
 def test_an_expert_that_no_token_reached_is_rounded_and_named(texts: CalibrationTexts, tmp_path: Path) -> None:
     base = tiny(tmp_path / "base", "qwen3_moe")
     tensors = load_file(base / "model.safetensors")
-    bare = CalibrationTexts(texts.files, 2048, 128, min_expert_tokens=0)
+    bare = CalibrationTexts(texts.files, 1024, 128, min_expert_tokens=0)
     key = next(name for name in tensors if name.endswith("layers.0.mlp.gate.weight"))
     norm = next(name for name in tensors if name.endswith("layers.0.post_attention_layernorm.weight"))
     tensors[norm] = tensors[norm].abs()
