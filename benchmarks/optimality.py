@@ -1,11 +1,13 @@
 """How near to the best possible plan the planner's is, where all plans can be tried: 3^8 = 6,561 maps of one layer.
 
-    python benchmarks/optimality.py [--model FOLDER] [--work FOLDER] [--text FILE] [--tokens 128] [--draws 64]
+    python benchmarks/optimality.py [--model FOLDER] [--work FOLDER] [--text FILE …] [--tokens 1024] [--draws 64]
         [--experts 8]
 
 Eight experts of the last layer in int3, int4 or int8 each, the rest in bf16. What an expert adds to a token is computed
-once for each format; a map's divergence is then that of the head over the sums, exactly. The text is the sensitivities'
-own, so that the choice is judged and not the sample. Prints a row for each budget, and one JSON object.
+once for each format. A token's divergence depends on the experts that it was sent to alone, so it is that of the head
+over the sums of what those add, exactly, once for each of their 3^k combinations; a map's is the mean over the tokens.
+The text is the sensitivities' own, so that the choice is judged and not the sample. Prints a row for each budget, and
+one JSON object.
 """
 
 from __future__ import annotations
@@ -14,6 +16,8 @@ import argparse
 import itertools
 import json
 import sys
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +30,7 @@ from amalgam.calibration.stream import Stream
 from amalgam.composition.loader import ModelLoader
 from amalgam.composition.quantize import quantize_checkpoint
 from amalgam.config.settings import InferenceSettings, MixedPrecisionSettings, ModelSettings, build_rules
-from amalgam.evaluation.quality import Reference
+from amalgam.evaluation.quality import Reference, divergence_of
 from amalgam.evaluation.running import open_contestant
 from amalgam.evaluation.texts import Document, read_texts, sample_of
 from amalgam.formats.grid import QuantizeOptions
@@ -43,7 +47,10 @@ from amalgam.tools.bench import commit, hardware
 ROOT = Path(__file__).resolve().parents[1]
 CPU = torch.device("cpu")
 FORMATS = {"int3": QuantizeOptions(32), "int4": QuantizeOptions(32), "int8": QuantizeOptions(128)}
+WINDOW = 32
 BUDGETS = (0.2, 0.4, 0.6, 0.8)  # of the way from the smallest map to the largest
+_ROWS = 256
+Divergence = Callable[[Tensor, Tensor], float]
 
 
 class LastLayer:
@@ -77,7 +84,7 @@ def main() -> int:
     parser.add_argument("--model", default=str(ROOT / "models" / "demo"))
     parser.add_argument("--work", type=Path, default=ROOT / "models" / "optimality")
     parser.add_argument("--text", nargs="*", default=[])
-    parser.add_argument("--tokens", type=int, default=128)
+    parser.add_argument("--tokens", type=int, default=1024)
     parser.add_argument("--draws", type=int, default=64)
     parser.add_argument("--experts", type=int, default=8, help="how many have a choice: 3^N maps")
     options = parser.parse_args()
@@ -92,10 +99,11 @@ def main() -> int:
     documents = (
         read_texts(options.text) if options.text else [Document("docs", (ROOT / "README.md").read_text("utf-8"))]
     )
-    sample = sample_of(documents, tokenizer, window=32, max_tokens=options.tokens)
+    sample = sample_of(documents, tokenizer, window=WINDOW, max_tokens=options.tokens)
 
-    whole = problem_of(loader, sources=list(FORMATS), compares=False)
     last = loader.spec.num_layers - 1
+    whole = problem_of(loader, sources=list(FORMATS), compares=False)
+    whole = replace(whole, items=[item for item in whole.items if item.layer == last])
     study = SensitivityStudy(loader, whole, sample, options.work / "sensitivities", draws=options.draws)
     sensitivities = study.measure()
     loss, cost = losses(whole, sensitivities, use_of_texts(whole, sensitivities)), costs(whole, "stored")
@@ -116,10 +124,8 @@ def main() -> int:
         for column, source in enumerate(names):
             slots = {whole.items[r].slot: loader.candidate(whole.items[r].name, source) for r in rows[expert]}
             added[row, column] = layer.result({slot: w.load(backend) for slot, w in slots.items() if w}) - base
-    divergence_of = head_of(layer, loader, base)
-    measured = {}
-    for choice in itertools.product(range(len(names)), repeat=len(used)):
-        measured[choice] = divergence_of(base + sum(added[row, column] for row, column in enumerate(choice)))
+    maps = list(itertools.product(range(len(names)), repeat=len(used)))
+    measured = dict(zip(maps, divergences(head_of(layer, loader, base), base, added, maps), strict=True))
 
     print(f"{len(measured):,} maps of {len(base)} tokens", flush=True)
     results: list[dict[str, Any]] = []
@@ -137,7 +143,7 @@ def main() -> int:
             flush=True,
         )
     # The same through the engine's own path, for one map.
-    contestant = open_contestant("base", loader, loader.plan(()), torch.float32, 32)
+    contestant = open_contestant("base", loader, loader.plan(()), torch.float32, WINDOW)
     map_ = tuple(number % len(names) for number in range(len(used)))
     rules = {whole.items[r].name: names[map_[n]] for n, expert in enumerate(used) for r in rows[expert]}
     figures = Reference(contestant, sample).figures(contestant.with_plan("map", loader.plan(build_rules(rules))))
@@ -149,25 +155,52 @@ def main() -> int:
     return 0
 
 
+def divergences(of: Divergence, base: Tensor, added: Tensor, maps: Sequence[tuple[int, ...]]) -> list[float]:
+    """The mean divergence of each map.
+
+    Args:
+        base: `[tokens, hidden]`.
+        added: `[experts, formats, tokens, hidden]`.
+        maps: the format of each expert.
+    """
+    choices = np.array(maps)
+    is_sent = added.abs().amax(dim=(1, 3)).T > 0  # [tokens, experts]
+    totals = np.zeros(len(maps))
+    for experts, tokens in groups_of(is_sent):
+        sums = np.zeros((added.shape[1],) * len(experts))
+        for formats in np.ndindex(sums.shape):
+            change = sum(added[e, f, tokens] for e, f in zip(experts, formats, strict=True))
+            sums[formats] = of(base[tokens] + change, tokens)
+        totals += sums[tuple(choices[:, e] for e in experts)]
+    return [float(total) for total in totals / len(base)]
+
+
+def groups_of(is_sent: Tensor) -> Iterator[tuple[list[int], Tensor]]:
+    """Experts, and the tokens that were sent to just these."""
+    sets, of_token = is_sent.unique(dim=0, return_inverse=True)
+    for number, which in enumerate(sets):
+        yield [int(e) for e in which.nonzero().flatten()], (of_token == number).nonzero().flatten()
+
+
 def name_of(layer: int, expert: int) -> str:
     return f"model.layers.{layer}.mlp.experts.{expert}.down_proj.weight"
 
 
-def head_of(layer: LastLayer, loader: ModelLoader, base: Tensor) -> Any:
-    """Hidden states behind the last layer → mean divergence from base's."""
+def head_of(layer: LastLayer, loader: ModelLoader, base: Tensor) -> Divergence:
+    """Hidden states behind the last layer of some tokens → the sum of their divergences from base's."""
     outside = layer.load("")
     head = outside["embedding" if loader.spec.has_tied_head else "head"].dequantize(torch.float32)
     norm, eps = outside["norm"].dense.float(), 1e-6
 
     def log_probabilities(hidden: Tensor) -> Tensor:
         normed = hidden * torch.rsqrt(hidden.square().mean(-1, keepdim=True) + eps) * norm
-        return (normed @ head.T).log_softmax(-1)
+        return (normed @ head.T).double().log_softmax(-1)
 
-    reference = log_probabilities(base)
-    weights = reference.exp()
+    reference = torch.cat([log_probabilities(rows) for rows in base.split(_ROWS)])
 
-    def divergence(hidden: Tensor) -> float:
-        return float((weights * (reference - log_probabilities(hidden))).double().sum() / len(hidden))
+    def divergence(hidden: Tensor, tokens: Tensor) -> float:
+        parts = zip(hidden.split(_ROWS), tokens.split(_ROWS), strict=True)
+        return sum(float(divergence_of(reference[rows], log_probabilities(some)).sum()) for some, rows in parts)
 
     return divergence
 

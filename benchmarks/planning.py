@@ -6,15 +6,21 @@
 Sources in int2, int3, int4 and int8, with several groups and zero points, are made in the work folder by rounding. A
 seed draws the documents that sensitivities are measured on, and the labels of the gradients. The held-out texts are
 never calibrated with; by default they are this project's own English, Chinese and Python, which no model has seen.
-Activations are float32, so that weights alone count. Prints a table, and one JSON object as the last line.
+Activations are float32, so that weights alone count. Prints a table of each seed and budget, one over the seeds (means,
+with a 95% interval by Student's t), and one JSON object as the last line.
+
+What a seed and budget gave is kept in the work folder at once; the same command goes on behind it.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import math
+import statistics
 import sys
 import time
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -42,6 +48,8 @@ from amalgam.tools.bench import commit, hardware
 ROOT = Path(__file__).resolve().parents[1]
 CPU = torch.device("cpu")
 WINDOW = 128
+# 97.5% quantiles of Student's t for 1, 2, … degrees of freedom.
+STUDENT = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
 # Name → format and options: group sizes and zero points are formats too.
 SOURCES = {
     "int2-g32z": ("int2", QuantizeOptions(32, has_zero_points=True)),
@@ -93,6 +101,89 @@ def planner_of(
     return Planner(problem, sensitivities, use_of_texts(problem, sensitivities), held_out, checked)
 
 
+class Kept:
+    """Rows by their keys, in a file with one a line."""
+
+    def __init__(self, file: Path) -> None:
+        self._file = file
+        lines = file.read_text("utf-8").splitlines() if file.exists() else []
+        self._rows = {json.dumps(key): row for key, row in map(json.loads, lines)}
+
+    def __contains__(self, key: Sequence[Any]) -> bool:
+        return json.dumps(key) in self._rows
+
+    def __getitem__(self, key: Sequence[Any]) -> dict[str, Any]:
+        return self._rows[json.dumps(key)]
+
+    def add(self, key: Sequence[Any], row: dict[str, Any]) -> None:
+        with self._file.open("a", encoding="utf-8") as lines:
+            lines.write(json.dumps([key, row]) + "\n")
+        self._rows[json.dumps(key)] = row
+
+
+def row_of(planner: Planner, seed: int, text: str) -> dict[str, Any]:
+    """Plan for a budget, measured on the held-out texts beside its rivals."""
+    problem, held_out = planner.problem, planner.held_out
+    found = planner.plan(parse_budget(text))
+    choice = [int(index) for index in found.solution.choice]
+    domains = by_domain(held_out.figures("plan", choice), held_out.reference.sample)
+    return {
+        "seed": seed,
+        "budget": text,
+        "bits": problem.bits_per_weight(choice),
+        "gap": found.solution.gap,
+        "plan": asdict(held_out.divergence("plan", choice)),
+        "domains": {name: each.divergence.value for name, each in domains.items() if each.divergence is not None},
+        "accepted": found.verdict.is_accepted,
+        "returned": found.verdict.chosen,
+        "rivals": {
+            rival.kind: {
+                "name": rival.name,
+                "bits": problem.bits_per_weight(rival.choice),
+                **asdict(rival.divergence),
+                "plan_to_it": asdict(rival.difference),
+            }
+            for rival in found.verdict.rivals
+        },
+    }
+
+
+def show(row: dict[str, Any]) -> None:
+    print(f"\nseed {row['seed']}, {row['budget']}: {'accepted' if row['accepted'] else row['returned']}")
+    print(f"  {'plan':46}{row['bits']:6.3f}  {shown(interval(row['plan'])):34} gap {row['gap']:.1e}")
+    for kind, rival in row["rivals"].items():
+        label = kind if rival["name"] == kind else f"{kind}: {rival['name']}"
+        difference = shown(interval(rival["plan_to_it"]), "{:+.1%}")
+        print(f"  {label[:45]:46}{rival['bits']:6.3f}  {shown(interval(rival)):34} plan {difference}", flush=True)
+
+
+def show_over_seeds(rows: Iterable[dict[str, Any]], budgets: Sequence[str]) -> None:
+    """Means over the seeds, and of what the plan is to each rival."""
+    for budget in budgets:
+        of_budget = [row for row in rows if row["budget"] == budget]
+        accepted = sum(row["accepted"] for row in of_budget)
+        print(f"\n{budget}, {len(of_budget)} seeds, {accepted} accepted")
+        print(f"  {'plan':20}{shown(over_seeds([row['plan']['value'] for row in of_budget]))}")
+        for kind in dict.fromkeys(kind for row in of_budget for kind in row["rivals"]):
+            rivals = [row["rivals"][kind] for row in of_budget if kind in row["rivals"]]
+            divergence = over_seeds([rival["value"] for rival in rivals])
+            difference = over_seeds([rival["plan_to_it"]["value"] for rival in rivals])
+            print(f"  {kind:20}{shown(divergence):34} plan {shown(difference, '{:+.1%}')}")
+
+
+def over_seeds(values: Sequence[float]) -> Interval:
+    """The mean, with a 95% interval by Student's t."""
+    mean = statistics.fmean(values)
+    if not 2 <= len(values) <= len(STUDENT) + 1:
+        return Interval(mean)
+    reach = STUDENT[len(values) - 2] * statistics.stdev(values) / math.sqrt(len(values))
+    return Interval(mean, mean - reach, mean + reach)
+
+
+def interval(fields: dict[str, Any]) -> Interval:
+    return Interval(fields["value"], fields["low"], fields["high"])
+
+
 def shown(value: Interval, form: str = "{:.5f}") -> str:
     if value.low is None or value.high is None:
         return form.format(value.value)
@@ -121,41 +212,33 @@ def main() -> int:
     held_out_sample = sample_of(documents, tokenizer, window=WINDOW, max_tokens=options.heldout_tokens)
     held_out = Scale(problem, Reference(base, held_out_sample))
     print(f"held out: {held_out_sample.num_tokens} tokens, {held_out_sample.num_units} {held_out_sample.unit}")
+    kept = Kept(options.work / "results.jsonl")
     results: list[dict[str, Any]] = []
     for seed in range(options.first_seed, options.first_seed + options.seeds):
         texts = read_texts(options.calibration)
         calibration = sample_of(texts, tokenizer, window=WINDOW, max_tokens=options.tokens, seed=seed)
-        planner = planner_of(loader, base, problem, calibration, held_out, options.work, seed)
-        if options.unchecked:
-            planner.calibration = None
-        print(planner.use.remark())
-        for text in options.budgets:
-            found = planner.plan(parse_budget(text))
-            choice = [int(index) for index in found.solution.choice]
-            own = held_out.divergence("plan", choice)
-            bits = problem.bits_per_weight(choice)
-            print(f"\nseed {seed}, {text}: {'accepted' if found.verdict.is_accepted else found.verdict.chosen}")
-            print(f"  {'plan':46}{bits:6.3f}  {shown(own):34} gap {found.solution.gap:.1e}")
-            row: dict[str, Any] = {"seed": seed, "budget": text, "bits": bits, "plan": asdict(own), "rivals": {}}
-            row["domains"] = {
-                name: value.divergence.value
-                for name, value in by_domain(held_out.figures("plan", choice), held_out_sample).items()
-                if value.divergence is not None
-            }
-            row["accepted"] = found.verdict.is_accepted
-            for rival in found.verdict.rivals:
-                label = f"{rival.kind}: {rival.name}" if rival.name != rival.kind else rival.kind
-                size = problem.bits_per_weight(rival.choice)
-                difference = shown(rival.difference, "{:+.1%}")
-                print(f"  {label[:45]:46}{size:6.3f}  {shown(rival.divergence):34} plan {difference}", flush=True)
-                row["rivals"][rival.kind] = {"name": rival.name, "bits": size, **asdict(rival.divergence)}
-                row["rivals"][rival.kind]["plan_to_it"] = asdict(rival.difference)
-            results.append(row)
-        if options.frontier is not None and seed == options.first_seed:
+        keys = {
+            text: [problem.sources, calibration.digest, held_out_sample.digest, options.unchecked, seed, text]
+            for text in options.budgets
+        }
+        draws = options.frontier is not None and seed == options.first_seed
+        if draws or any(key not in kept for key in keys.values()):
+            planner = planner_of(loader, base, problem, calibration, held_out, options.work, seed)
+            if options.unchecked:
+                planner.calibration = None
+            print(planner.use.remark())
+            for text, key in keys.items():
+                if key not in kept:
+                    kept.add(key, row_of(planner, seed, text))
+        for key in keys.values():
+            show(kept[key])
+            results.append(kept[key])
+        if draws:
             low, high = (8 * value / problem.num_weights for value in planner.range_of("stored"))
             steps = [low + 0.1 + (min(high, 8.2) - low) * step / 7 for step in range(8)]
             points = planner.frontier([parse_budget(f"{bits:.3f}bpw") for bits in steps])
-            options.frontier.write_text(frontier_html(points, "demo", "held-out texts"), encoding="utf-8")
+            options.frontier.write_text(frontier_html(points, Path(options.model).name, "held-out texts"), "utf-8")
+    show_over_seeds(results, options.budgets)
     document = {"command": sys.argv, "commit": commit(), "hardware": hardware(), "results": results}
     print(json.dumps(document))
     return 0

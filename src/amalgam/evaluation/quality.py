@@ -29,7 +29,8 @@ from amalgam.kernels.backends import Compiled
 
 CHANCE = 0.25  # of the vocabulary: a perplexity beyond it is that of a guess
 
-_KEPT_BYTES = 512 * 2**20  # of the reference's log-probabilities
+_KEPT_BYTES = 512 * 2**20  # of the reference's probabilities
+_BLOCK_BYTES = 4 * 2**20  # of logits that are compared at a time: they stay in a core's cache
 
 
 @dataclass(frozen=True)
@@ -84,7 +85,7 @@ class Reference:
         self.contestant = contestant
         self.sample = sample
         self._hidden = dict(contestant.hidden(sample.windows, progress))
-        self._kept: dict[tuple[Step, int, int], Tensor] = {}
+        self._kept: dict[tuple[Step, int, int], _Expected] = {}
         self._room = _KEPT_BYTES
 
     def figures(self, plan: Contestant | None = None, progress: Progress | None = None) -> Figures:
@@ -100,23 +101,23 @@ class Reference:
         for step, hidden in source:
             rows, targets = scored(windows[step.start : step.stop])
             for some, wanted in zip(rows.split(self._at_once), targets.split(self._at_once), strict=True):
-                reference = self._log_probabilities(step, some)
                 if other is None or plan is None:
-                    loss.append(loss_of(reference, wanted))
+                    found = log_probabilities(self.contestant.compiled, hidden[some], self.contestant.name)
+                    loss.append(loss_of(found, wanted))
                     continue
-                found = log_probabilities(other, hidden[some], plan.name)
-                loss.append(loss_of(found, wanted))
-                divergence.append(divergence_of(reference, found))
-                agrees.append(agreement_of(reference, found))
+                compared = self._expected(step, some).compare(_logits(other, hidden[some], plan.name), wanted)
+                for part, values in zip((loss, divergence, agrees), compared, strict=True):
+                    part.append(values)
         zeros = [torch.zeros(sum(map(len, loss)), dtype=torch.float64)]
         return _figures(self.sample, loss, divergence or zeros, agrees or zeros)
 
-    def _log_probabilities(self, step: Step, rows: Tensor) -> Tensor:
-        """The reference's; of few tokens they are kept, for the next plan."""
+    def _expected(self, step: Step, rows: Tensor) -> _Expected:
+        """Of few tokens it is kept, for the next plan."""
         key = step, int(rows[0]), len(rows)
         if key in self._kept:
             return self._kept[key]
-        found = log_probabilities(self.contestant.compiled, self._hidden[step][rows], self.contestant.name)
+        hidden = self._hidden[step][rows]
+        found = _Expected(_logits(self.contestant.compiled, hidden, self.contestant.name))
         if self._room >= found.nbytes:
             self._room -= found.nbytes
             self._kept[key] = found
@@ -125,6 +126,44 @@ class Reference:
     @property
     def _at_once(self) -> int:
         return rows_at_once(self.contestant.loader.spec.vocab_size)
+
+
+class _Expected:
+    """What the reference predicts behind some tokens, such that comparing a plan takes one exponential a logit.
+
+    KL(p ‖ q) of q = exp(z) / Σ exp(z) is log Σ exp(z) - Σ p z, less the same of p's own logits.
+    """
+
+    def __init__(self, logits: Tensor) -> None:
+        """
+        Args:
+            logits: the reference's, `[rows, vocabulary]`.
+        """
+        self._probabilities = logits.double().softmax(-1)
+        self._likeliest = logits.argmax(-1)
+        sums, products = self._sums_and_products(logits)
+        self._entropy = sums - products
+
+    @property
+    def nbytes(self) -> int:
+        return self._probabilities.nbytes
+
+    def compare(self, logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Loss, divergence and agreement of each row, float64."""
+        sums, products = self._sums_and_products(logits)
+        loss = sums - logits.gather(1, targets[:, None]).squeeze(1)
+        agrees = self._likeliest == logits.argmax(-1)
+        return loss, (sums - products - self._entropy).clamp_(min=0), agrees.double()
+
+    def _sums_and_products(self, logits: Tensor) -> tuple[Tensor, Tensor]:
+        """log Σ exp(z) and Σ p z of each row, float64."""
+        size = max(1, _BLOCK_BYTES // (8 * logits.shape[1]))
+        sums, products = [], []
+        for probabilities, block in zip(self._probabilities.split(size), logits.split(size), strict=True):
+            wide = block.double()
+            sums.append(wide.logsumexp(-1))
+            products.append(torch.linalg.vecdot(probabilities, wide))
+        return torch.cat(sums), torch.cat(products)
 
 
 def own_figures(contestant: Contestant, sample: Sample, progress: Progress | None = None) -> Figures:
@@ -147,10 +186,16 @@ def log_probabilities(compiled: Compiled, hidden: Tensor, name: str) -> Tensor:
     Raises:
         CheckpointError: a logit is NaN or infinite.
     """
+    return _logits(compiled, hidden, name).double().log_softmax(-1)
+
+
+@torch.inference_mode()
+def _logits(compiled: Compiled, hidden: Tensor, name: str) -> Tensor:
+    """`[rows, vocabulary]`, see `log_probabilities`."""
     logits = compiled.head(hidden.contiguous())
     if not bool(logits.sum().isfinite()):
         raise CheckpointError(f"{name}: logits hold NaN or infinity.", remedy="Check the weights of the head.")
-    return logits.double().log_softmax(-1)
+    return logits
 
 
 def loss_of(found: Tensor, targets: Tensor) -> Tensor:
