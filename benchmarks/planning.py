@@ -1,7 +1,8 @@
 """Plans for the demo model against the plans that others would make, by seeds and budgets.
 
     python benchmarks/planning.py [--model FOLDER] [--budgets 3.5bpw 4.5bpw 6bpw] [--seeds 5] [--work FOLDER]
-        [--calibration FILE …] [--heldout FILE …] [--tokens 16000] [--heldout-tokens 12000] [--frontier OUT.html]
+        [--calibration FILE …] [--heldout FILE …] [--tokens 16000] [--heldout-tokens 12000]
+        [--group-size 128] [--unchecked] [--frontier OUT.html]
 
 Sources in int2, int3, int4 and int8, with several groups and zero points, are made in the work folder by rounding. A
 seed draws the documents that sensitivities are measured on, and the labels of the gradients. The held-out texts are
@@ -50,17 +51,21 @@ CPU = torch.device("cpu")
 WINDOW = 128
 # 97.5% quantiles of Student's t for 1, 2, … degrees of freedom.
 STUDENT = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
-# Name → format and options: group sizes and zero points are formats too.
-SOURCES = {
-    "int2-g32z": ("int2", QuantizeOptions(32, has_zero_points=True)),
-    "int3-g128": ("int3", QuantizeOptions(128)),
-    "int3-g32": ("int3", QuantizeOptions(32)),
-    "int3-g32z": ("int3", QuantizeOptions(32, has_zero_points=True)),
-    "int4-g128": ("int4", QuantizeOptions(128)),
-    "int4-g32": ("int4", QuantizeOptions(32)),
-    "int4-g32z": ("int4", QuantizeOptions(32, has_zero_points=True)),
-    "int8-g128": ("int8", QuantizeOptions(128)),
-}
+
+
+def sources(group_size: int) -> dict[str, tuple[str, QuantizeOptions]]:
+    """Name → format and options: group sizes and zero points are formats too."""
+    fine, fine_with_zeros, coarse = QuantizeOptions(32), QuantizeOptions(32, has_zero_points=True), group_size
+    return {
+        "int2-g32z": ("int2", fine_with_zeros),
+        f"int3-g{coarse}": ("int3", QuantizeOptions(coarse)),
+        "int3-g32": ("int3", fine),
+        "int3-g32z": ("int3", fine_with_zeros),
+        f"int4-g{coarse}": ("int4", QuantizeOptions(coarse)),
+        "int4-g32": ("int4", fine),
+        "int4-g32z": ("int4", fine_with_zeros),
+        f"int8-g{coarse}": ("int8", QuantizeOptions(coarse)),
+    }
 
 
 def heldout_documents(files: list[str]) -> list[Document]:
@@ -72,9 +77,9 @@ def heldout_documents(files: list[str]) -> list[Document]:
     return [*found, Document("chinese", chinese)]
 
 
-def open_model(model: str, work: Path) -> tuple[ModelLoader, Contestant, Tokenizer]:
+def open_model(model: str, work: Path, group_size: int) -> tuple[ModelLoader, Contestant, Tokenizer]:
     paths = {}
-    for name, (weight_format, options) in SOURCES.items():
+    for name, (weight_format, options) in sources(group_size).items():
         folder = work / name
         if not folder.exists():
             quantize_checkpoint(model, folder, weight_format, options, carries_others=False)
@@ -197,6 +202,7 @@ def main() -> int:
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--first-seed", type=int, default=0)
     parser.add_argument("--work", type=Path, default=ROOT / "models" / "planning")
+    parser.add_argument("--group-size", type=int, default=128, help="of the sources with coarse groups")
     parser.add_argument("--calibration", nargs="+", required=True, metavar="FILE")
     parser.add_argument("--heldout", nargs="*", default=[], metavar="FILE")
     parser.add_argument("--tokens", type=int, default=16_000)
@@ -205,7 +211,7 @@ def main() -> int:
     parser.add_argument("--frontier", type=Path, help="draw it for the first seed")
     options = parser.parse_args()
     torch.manual_seed(0)
-    loader, base, tokenizer = open_model(options.model, options.work)
+    loader, base, tokenizer = open_model(options.model, options.work, options.group_size)
     problem = problem_of(loader, compares=False)  # base's own roundings
     print("sources:", ", ".join(f"{name} {problem.bits_of(name):.3f}" for name in problem.sources))
     documents = heldout_documents(options.heldout)

@@ -120,15 +120,27 @@ def test_a_budget_of_speed_is_kept_by_the_cost_model_and_timed(
         (["--budget", "4bpw", "--use", "none.npz"], 3, "none.npz"),
     ],
 )
-def test_what_cannot_be_planned_is_named(
+def test_what_cannot_be_planned_is_named_before_anything_is_measured(
     capsys: pytest.CaptureFixture[str],
     config: Path,
     text: Path,
-    cache: Path,
+    tmp_path: Path,
     arguments: list[str],
     code: int,
     named: str,
 ) -> None:
+    cache = tmp_path / "kept"
     measuring = ["--text", str(text), "--cache", str(cache)] if "--budget" in arguments else []
     found, out, err = run(capsys, "plan", "--config", str(config), *measuring, *arguments)
     assert (found, out) == (code, "") and named in err
+    assert not cache.exists()
+
+
+def test_too_little_text_is_refused_before_anything_is_measured(
+    capsys: pytest.CaptureFixture[str], config: Path, tmp_path: Path
+) -> None:
+    file, cache = tmp_path / "few.json", tmp_path / "kept"
+    file.write_text(json.dumps(texts(12)))
+    planning = ["plan", "--config", str(config), "--text", str(file), "--cache", str(cache), "--budget", "4bpw"]
+    code, _, err = run(capsys, *planning)
+    assert code == 2 and "too few" in err and not cache.exists()

@@ -162,7 +162,7 @@ class _Expected:
         for probabilities, block in zip(self._probabilities.split(size), logits.split(size), strict=True):
             wide = block.double()
             sums.append(wide.logsumexp(-1))
-            products.append(torch.linalg.vecdot(probabilities, wide))
+            products.append(wide.mul_(probabilities).sum(-1))
         return torch.cat(sums), torch.cat(products)
 
 

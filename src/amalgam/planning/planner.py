@@ -37,6 +37,54 @@ class Costs:
     budget: float
 
 
+def costs_within(budget: Budget, problem: Problem, other_bytes: int = 0, speed: SpeedModel | None = None) -> Costs:
+    """
+    Args:
+        other_bytes: of KV cache and workspace.
+        speed: for budgets of speed.
+
+    Raises:
+        PlanError: the smallest plan is above the budget.
+    """
+    cost = _costs(budget, problem, other_bytes, speed)
+    least = float(cost.values.min(axis=1).sum())
+    if least <= cost.budget:
+        return cost
+    spent = least if budget.kind == "speed" else least + budget.value - cost.budget
+    says = {
+        "bits": f"The smallest plan has {8 * least / problem.num_weights:.3f} bits a weight",
+        "bytes": f"The smallest plan takes {spent / 1e6:,.1f} MB, with KV cache and workspace",
+        "speed": f"The fastest plan makes {1 / (spent + (speed.rest if speed else 0)):.1f} tok/s here",
+    }
+    raise PlanError(
+        f"{says[budget.kind]}, and the budget is {budget.text}.",
+        remedy="Change the budget, or declare a source in a narrower precision.",
+    )
+
+
+def _costs(budget: Budget, problem: Problem, other_bytes: int, speed: SpeedModel | None) -> Costs:
+    if budget.kind == "bits":
+        return Costs(costs(problem, "stored"), budget.value * problem.num_weights / 8)
+    if budget.kind == "speed":
+        assert speed is not None, "speed is measured first"
+        left = 1.0 / budget.value - speed.rest
+        if left <= 0:
+            raise PlanError(
+                f"{budget.text} leaves no time for weights: the rest of a step takes {speed.rest * 1e3:.2f} "
+                "ms on this machine.",
+                remedy=f"At most {1 / speed.rest:.1f} tok/s could be reached.",
+            )
+        return Costs(speed.seconds, left)
+    fixed = problem.fixed_memory + other_bytes
+    if fixed > budget.value:
+        raise PlanError(
+            f"{budget.text} is less than what no choice changes: {problem.fixed_memory:,} bytes of weights "
+            f"that have none, and {other_bytes:,} of KV cache and workspace.",
+            remedy="Raise the budget, or lower --context or --sequences.",
+        )
+    return Costs(costs(problem, "memory"), budget.value - fixed)
+
+
 @dataclass(frozen=True)
 class Plan:
     """A choice for a budget, and how it came about.
@@ -86,37 +134,16 @@ class Planner:
     def costs(self, budget: Budget) -> Costs:
         """
         Raises:
-            PlanError: what has no choice takes more than the budget.
+            PlanError: the smallest plan is above the budget.
         """
-        if budget.kind == "bits":
-            return Costs(costs(self.problem, "stored"), budget.value * self.problem.num_weights / 8)
-        if budget.kind == "speed":
-            assert self.speed is not None, "speed is measured first"
-            left = 1.0 / budget.value - self.speed.rest
-            if left <= 0:
-                raise PlanError(
-                    f"{budget.text} leaves no time for weights: the rest of a step takes {self.speed.rest * 1e3:.2f} "
-                    "ms on this machine.",
-                    remedy=f"At most {1 / self.speed.rest:.1f} tok/s could be reached.",
-                )
-            return Costs(self.speed.seconds, left)
-        fixed = self.problem.fixed_memory + self.other_bytes
-        if fixed > budget.value:
-            raise PlanError(
-                f"{budget.text} is less than what no choice changes: {self.problem.fixed_memory:,} bytes of weights "
-                f"that have none, and {self.other_bytes:,} of KV cache and workspace.",
-                remedy="Raise the budget, or lower --context or --sequences.",
-            )
-        return Costs(costs(self.problem, "memory"), budget.value - fixed)
+        return costs_within(budget, self.problem, self.other_bytes, self.speed)
 
     def plan(self, budget: Budget) -> Plan:
         """
         Raises:
             PlanError: the smallest plan is above the budget.
         """
-        cost = self.costs(budget)
-        self._check_reachable(budget, cost)
-        found = self.losses
+        cost, found = self.costs(budget), self.losses
         solution = solve(found, cost.values, cost.budget)
         checks: list[Check] = []
         for _ in range(self.rounds if self.calibration is not None else 0):
@@ -127,21 +154,6 @@ class Planner:
         choice = [int(index) for index in solution.choice]
         verdict = judge(self.held_out, choice, self.rivals(cost, found))
         return Plan(budget, solution, verdict, checks, self._remarks(cost, verdict))
-
-    def _check_reachable(self, budget: Budget, cost: Costs) -> None:
-        least = float(cost.values.min(axis=1).sum())
-        if least <= cost.budget:
-            return
-        spent = least if budget.kind == "speed" else least + budget.value - cost.budget
-        says = {
-            "bits": f"The smallest plan has {8 * least / self.problem.num_weights:.3f} bits a weight",
-            "bytes": f"The smallest plan takes {spent / 1e6:,.1f} MB, with KV cache and workspace",
-            "speed": f"The fastest plan makes {1 / (spent + (self.speed.rest if self.speed else 0)):.1f} tok/s here",
-        }
-        raise PlanError(
-            f"{says[budget.kind]}, and the budget is {budget.text}.",
-            remedy="Change the budget, or declare a source in a narrower precision.",
-        )
 
     def rivals(self, cost: Costs, found: Floats, seed: int = 0) -> dict[str, dict[str, list[int]]]:
         """Kind → name → choice."""

@@ -13,6 +13,7 @@ from amalgam.composition.progress import Progress
 from amalgam.errors import ConfigError
 from amalgam.evaluation.confidence import MIN_UNITS, Bootstrap, Floats, Interval
 from amalgam.evaluation.quality import Figures, Quality, Reference, summarise
+from amalgam.evaluation.texts import Sample
 from amalgam.planning.problem import Problem
 
 
@@ -24,11 +25,7 @@ class Scale:
     """
 
     def __init__(self, problem: Problem, reference: Reference, progress: Progress | None = None) -> None:
-        if reference.sample.num_units < MIN_UNITS:
-            raise ConfigError(
-                f"The text has {reference.sample.num_units} {reference.sample.unit}, too few for confidence.",
-                remedy=f"Give at least {MIN_UNITS} documents, or longer ones.",
-            )
+        check_units(reference.sample)
         self.problem = problem
         self.reference = reference
         self._progress = progress
@@ -85,6 +82,18 @@ class Scale:
         assert self.bootstrap is not None
         draws: Floats = self.bootstrap.means(first - second)
         return float((first - second).mean()), float(draws.std())
+
+
+def check_units(sample: Sample) -> None:
+    """
+    Raises:
+        ConfigError: the sample is too small for confidence.
+    """
+    if sample.num_units < MIN_UNITS:
+        raise ConfigError(
+            f"The text has {sample.num_units} {sample.unit}, too few for confidence.",
+            remedy=f"Give at least {MIN_UNITS} documents, or longer ones.",
+        )
 
 
 @dataclass(frozen=True)

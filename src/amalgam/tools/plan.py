@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -29,9 +30,9 @@ from amalgam.models.kv_cache import KVCache, kv_type
 from amalgam.planning.budget import Budget, parse_budget
 from amalgam.planning.corrections import Check
 from amalgam.planning.drawing import frontier_html
-from amalgam.planning.planner import Plan, Planner
+from amalgam.planning.planner import Plan, Planner, costs_within
 from amalgam.planning.problem import problem_of
-from amalgam.planning.proof import Rival, Scale
+from amalgam.planning.proof import Rival, Scale, check_units
 from amalgam.planning.scores import Scores, scores
 from amalgam.planning.sensitivity import Cost, Sensitivities, SensitivityStudy
 from amalgam.planning.speed import SpeedModel, measure_speed, step_seconds
@@ -129,10 +130,10 @@ class PlanReport:
 
 
 class Studio:
-    """A model opened for planning: its loader, its texts, what was measured.
+    """A model opened for planning: its loader, its texts; what is measured is when it is asked for.
 
     Args:
-        announce: is told what measuring will cost before it starts.
+        announce: is told what measuring sensitivities will cost before it starts.
     """
 
     def __init__(
@@ -151,6 +152,7 @@ class Studio:
         self.settings = settings
         self.options = options
         self._progress = progress
+        self._announce = announce
         device = torch.device("cpu")
         self.loader = ModelLoader(settings.model, settings.inference, device, settings.engine.num_load_threads)
         self.problem = problem_of(self.loader, options.sources, options.floors)
@@ -159,9 +161,6 @@ class Studio:
         self.calibration, self.held_out = self._samples(tokenizer)
         folder = options.cache or state_folder() / "sensitivities"
         self.study = SensitivityStudy(self.loader, self.problem, self.calibration, folder, draws=options.draws)
-        announce(self.study.cost())
-        self.sensitivities: Sensitivities = self._measure()
-        self.use = self._use()
 
     def _samples(self, tokenizer: Tokenizer) -> tuple[Sample, Sample]:
         texts, max_positions = self.options.texts, self.loader.spec.max_positions
@@ -170,11 +169,32 @@ class Studio:
             return whole, texts.sample(tokenizer, max_positions, self.options.held_out)
         return whole.split(HELD_OUT_SHARE, texts.seed) if self.options.splits else (whole, Sample((), whole.unit))
 
-    def _measure(self) -> Sensitivities:
+    def check(self, budget: Budget) -> None:
+        """What can be refused before anything is measured.
+
+        Raises:
+            PlanError: the smallest plan is above the budget.
+            ConfigError: the texts are too short for confidence; there is no such set of statistics.
+        """
+        if self.options.use is not None:
+            _ = self.use
+        if budget.kind != "speed":
+            costs_within(budget, self.problem, self.other_bytes)
+        for sample in (self.held_out, self.calibration) if self.options.checks else (self.held_out,):
+            check_units(sample)
+
+    @cached_property
+    def sensitivities(self) -> Sensitivities:
+        """
+        Raises:
+            CheckpointError: hidden states hold NaN or infinity; a source's file is damaged.
+        """
+        self._announce(self.study.cost())
         with writing(self.study.folder):
             return self.study.measure(self._progress)
 
-    def _use(self) -> Use:
+    @cached_property
+    def use(self) -> Use:
         given = self.options.use
         if given is None:
             return use_of_texts(self.problem, self.sensitivities)
@@ -256,6 +276,7 @@ def make_plan(
     if out is not None and out.exists() and not force:
         raise ConfigError(f"{out} exists already.", remedy="Choose another name, or give --force.")
     studio = Studio(settings, options, progress, announce)
+    studio.check(wanted)
     base = studio.base()
     planner = studio.planner(base, needs_speed=wanted.kind == "speed")
     found = planner.plan(wanted)
@@ -364,11 +385,11 @@ def measure_sensitivities(
 ) -> SensitivityReport:
     """Measure, or read what was measured; and the scores that need no texts beside it."""
     studio = Studio(settings, options, progress, announce)
-    found = scores(studio.loader, studio.problem, progress)
     weights = {
         name: {"num_tokens": each.num_tokens, "gate_mass": each.gate_mass, "options": dict(each.options)}
         for name, each in studio.sensitivities.weights.items()
     }
+    found = scores(studio.loader, studio.problem, progress)
     return SensitivityReport(
         studio.study.cost(),
         studio.calibration.num_tokens,
