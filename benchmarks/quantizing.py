@@ -14,7 +14,7 @@ of the same texts for both. They read the same token ids. Their environments are
 with `--environment TOOL=FOLDER`.
 
 With `--speed`, a checkpoint is rounded to int4, and its time compared with what reading its files, the arithmetic in
-memory, and writing as many bytes as there are at the end take one after the other.
+memory, and writing as many bytes as there are at the end take one after the other; and so the processor time.
 """
 
 from __future__ import annotations
@@ -25,7 +25,8 @@ import os
 import sys
 import tempfile
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -55,7 +56,9 @@ from amalgam.tools.quantizing.external import TOOLS, ExternalRecipe, quantize_wi
 ROOT = Path(__file__).resolve().parents[1]
 CPU, WINDOW = torch.device("cpu"), 512
 DEFAULT_CASES = ("int4:round", "int4:search", "int4:gptq", "int4:awq")
+PARTS = ("reading", "arithmetic", "writing")
 _UNCALIBRATED = ("round",)
+_READ_BYTES = 2**24
 
 
 def make(
@@ -137,35 +140,57 @@ def shown(value: Interval, form: str = "{:.5f}") -> str:
     return text if value.low is None else f"{text}  {form.format(value.low)} to {form.format(value.high)}"
 
 
+class Clock:
+    """Seconds of named parts, and how much of them processors were at work for this program."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+        self.busy: dict[str, float] = {}
+
+    @contextmanager
+    def __call__(self, part: str) -> Iterator[None]:
+        started, busy = time.monotonic(), time.process_time()
+        yield
+        self.seconds[part] = self.seconds.get(part, 0.0) + time.monotonic() - started
+        self.busy[part] = self.busy.get(part, 0.0) + time.process_time() - busy
+
+    def show(self, *parts: str) -> None:
+        for part in parts:
+            print(f"{part:12}{self.seconds[part]:10.2f}{self.busy[part]:10.2f}", flush=True)
+
+
 def speed(model: Path, out: Path) -> dict[str, Any]:
     """Seconds of the parts and of the whole; files are read once before, so that all read from memory alike."""
     source = Source.open("base", str(model))
     target = writable_format("int4")
     for file in source.store.files:
-        file.read_bytes()
-    parts = dict.fromkeys(("reading", "arithmetic", "writing"), 0.0)
+        with file.open("rb") as read:
+            while read.read(_READ_BYTES):
+                pass
+    clock = Clock()
+    print(f"{'':12}{'seconds':>10}{'busy':>10}")
     with tempfile.TemporaryDirectory(dir=out) as folder:
         with (Path(folder) / "raw").open("wb") as raw:
             for name, stored in source.weights.items():
-                started = time.monotonic()
-                wide = source.load(stored).dense
-                parts["reading"] += time.monotonic() - started
-                started = time.monotonic()
-                is_linear = name.endswith("_proj.weight")
-                tensors = quantize(wide, target, round_to_nearest).tensors if is_linear else {"weight": wide}
-                parts["arithmetic"] += time.monotonic() - started
-                started = time.monotonic()
-                for tensor in tensors.values():
-                    raw.write(tensor.contiguous().view(-1).view(torch.uint8).numpy().data)
-                parts["writing"] += time.monotonic() - started
-            started = time.monotonic()
-            raw.flush()
-            os.fsync(raw.fileno())
-            parts["writing"] += time.monotonic() - started
-        started = time.monotonic()
-        make_checkpoint(str(model), Path(folder) / "made", Recipe("int4"))
-        whole = time.monotonic() - started
-    return {**parts, "whole": whole, "ratio": whole / sum(parts.values())}
+                with clock("reading"):
+                    wide = source.load(stored).dense
+                with clock("arithmetic"):
+                    is_linear = name.endswith("_proj.weight")
+                    tensors = quantize(wide, target, round_to_nearest).tensors if is_linear else {"weight": wide}
+                with clock("writing"):
+                    for tensor in tensors.values():
+                        raw.write(tensor.contiguous().view(-1).view(torch.uint8).numpy().data)
+            with clock("writing"):
+                raw.flush()
+                os.fsync(raw.fileno())
+        clock.show(*PARTS)
+        (Path(folder) / "raw").unlink()
+        with clock("whole"):
+            make_checkpoint(str(model), Path(folder) / "made", Recipe("int4"))
+        clock.show("whole")
+    ratios = [each["whole"] / sum(each[part] for part in PARTS) for each in (clock.seconds, clock.busy)]
+    print(f"{'ratio':12}{ratios[0]:10.2f}{ratios[1]:10.2f}")
+    return {"seconds": clock.seconds, "busy": clock.busy, "ratio": ratios[0], "busy_ratio": ratios[1]}
 
 
 def main() -> int:
@@ -182,10 +207,7 @@ def main() -> int:
     parser.add_argument("--out", type=Path, default=Path(tempfile.gettempdir()), help="where --speed writes")
     options = parser.parse_args()
     if options.speed is not None:
-        figures = speed(options.speed, options.out)
-        for name, value in figures.items():
-            print(f"{name:12}{value:10.2f}")
-        results: Any = figures
+        results: Any = speed(options.speed, options.out)
     else:
         if not options.calibrate or not options.held_out:
             parser.error("--calibrate and --held-out are needed")
