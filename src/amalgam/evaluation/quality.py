@@ -97,7 +97,9 @@ class Reference:
         windows = self.sample.windows
         other = None if plan is None else plan.compiled
         source = self._hidden.items() if plan is None else plan.hidden(windows, progress)
-        loss, divergence, agrees = [], [], []
+        loss: list[Tensor] = []
+        divergence: list[Tensor] = []
+        agrees: list[Tensor] = []
         for step, hidden in source:
             rows, targets = scored(windows[step.start : step.stop])
             for some, wanted in zip(rows.split(self._at_once), targets.split(self._at_once), strict=True):
