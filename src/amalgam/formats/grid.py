@@ -68,9 +68,9 @@ class Grid:
         return num_blocks(self.shape, self.block)
 
     def nearest(self, scaled: Tensor) -> Tensor:
-        """The codes nearest to some numbers, as float32; ties go to the even code."""
+        """The codes nearest to some numbers, which may be overwritten, as float32; ties go to the even code."""
         if not self.dtype.is_floating_point:
-            return scaled.round().clamp_(self.low, self.high)
+            return scaled.round_().clamp_(self.low, self.high)
         scaled = scaled.clamp(self.low, self.high)
         if self.half_levels is None:
             return scaled.to(self.dtype).float()
@@ -121,10 +121,11 @@ class Codes:
 
     def dequantize(self) -> Tensor:
         """The values that the matrix has now, float32 `[out, in]`."""
-        codes = self.grid.blocks(self.values.float())
+        codes = self.grid.blocks(self.values.to(torch.float32, copy=True))
         if self.zero is not None:
-            codes = codes - self.zero.float()[:, None, :, None]
-        return self.grid.matrix(codes * self.scale.float()[:, None, :, None])
+            codes -= self.zero.float()[:, None, :, None]
+        codes *= self.scale.float()[:, None, :, None]
+        return self.grid.matrix(codes)
 
 
 @dataclass(frozen=True)

@@ -213,8 +213,8 @@ class PackedInt(WritableFormat):
         return Encoded(codes.grid, tensors)
 
     def _raised(self, signed: Tensor) -> Tensor:
-        """Signed codes as they are stored."""
-        return (signed.short() + (1 << (self.bits - 1))).to(torch.uint8)
+        """Signed codes, int8, as they are stored: modulo 256 the sum is the same without signs."""
+        return signed.view(torch.uint8) + (1 << (self.bits - 1))
 
     def pack(self, encoded: Encoded) -> PackedWeight:
         return self._packed("", encoded.tensors, encoded.grid.shape, encoded.grid.block[1])

@@ -41,4 +41,4 @@ def scales_of(least: Tensor, largest: Tensor, grid: Grid) -> tuple[Tensor, Tenso
 def scaled_blocks(blocks: Tensor, scale: Tensor, zero: Tensor | None) -> Tensor:
     """What is to be rounded to codes: `blocks / scale + zero`."""
     scaled = blocks / scale.float()[:, None, :, None]
-    return scaled if zero is None else scaled + zero.float()[:, None, :, None]
+    return scaled if zero is None else scaled.add_(zero.float()[:, None, :, None])

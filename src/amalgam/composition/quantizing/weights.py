@@ -74,7 +74,8 @@ class WeightQuantizer:
             ConfigError: the format cannot hold its shape.
         """
         quantizer: Quantizer = round_to_nearest if self._recipe.method == "round" else ClipSearch()
-        return self._finish(weight, quantizer(weight, self._grid(name, weight, weight.dtype)))
+        grid, wide = self._grid(name, weight, weight.dtype), weight.float()
+        return self._finish(wide, quantizer(wide, grid))
 
     def layer(
         self,
@@ -154,10 +155,10 @@ class WeightQuantizer:
         except ConfigError as error:
             raise ConfigError(f"Weight {name!r}: {error.what}", remedy=error.remedy) from None
 
-    def _finish(self, weight: Tensor, codes: Codes) -> Quantized:
+    def _finish(self, wide: Tensor, codes: Codes) -> Quantized:
         encoded = self._format.encode(codes)
-        error = float(torch.linalg.vector_norm(codes.dequantize().sub_(weight))) ** 2
-        norm = float(torch.linalg.vector_norm(weight, dtype=torch.float32)) ** 2
+        error = float(torch.linalg.vector_norm(codes.dequantize().sub_(wide))) ** 2
+        norm = float(torch.linalg.vector_norm(wide)) ** 2
         return Quantized(self._format.scheme(codes.grid), encoded.tensors, error, norm)
 
 
