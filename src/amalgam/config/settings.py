@@ -9,10 +9,20 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, SecretStr, StringConstraints, ValidationError, field_validator, model_validator
+from pydantic import (
+    BeforeValidator,
+    Field,
+    SecretStr,
+    StringConstraints,
+    ValidationError,
+    field_validator,
+    model_serializer,
+    model_validator,
+)
 
 from amalgam.base.processors import usable_threads
 from amalgam.config.cluster import ClusterSettings
+from amalgam.config.devices import DeviceName, MemorySize, device_name
 from amalgam.config.fields import ModelPath, Section, UserPath, split_list
 from amalgam.config.filters import FiltersSettings
 from amalgam.config.names import MAX_KEPT, WeightsName
@@ -30,13 +40,53 @@ ModelName = Annotated[str, StringConstraints(min_length=1, max_length=256)]
 Origin = Annotated[str, StringConstraints(pattern=r"^(\*|null|[a-z][a-z0-9+.-]*://[^/\s?#]+)$", to_lower=True)]
 
 
-class Rule(Section):
+class Placement(Section):
+    """Which source weights come from, and on which device they lie: one of them, or both.
+
+    What is left out stays as it is without: by the next weaker rule that says it, else the default source and the
+    device of `inference.device_map`.
+    """
+
+    source: str | None = Field(default=None, pattern=_SOURCE_NAME)
+    """The source that matching weights come from."""
+    device: DeviceName | None = None
+    """The device that matching weights of experts lie on: `cpu`, `cuda`, `cuda:N`, or one of inference.devices."""
+
+    @model_validator(mode="after")
+    def _check_not_empty(self) -> Placement:
+        if self.source is None and self.device is None:
+            raise ValueError("neither a source nor a device is given. Expected a source's name, or {source, device}")
+        return self
+
+    @model_serializer(mode="plain")
+    def _as_written(self) -> Any:
+        """As short as people write it."""
+        return self.source if self.device is None else {k: v for k, v in dict(self).items() if v is not None}
+
+
+class Rule(Placement):
     """One rule of the weight mapping."""
 
     pattern: Pattern
     """Logical weight name, or a pattern: `*`, `?`, `[abc]`, `{a,b}` and `{0-15}`."""
-    source: SourceName
-    """The source that matching weights come from."""
+
+    @property
+    def placement(self) -> Placement:
+        """What it says of the weights that it matches."""
+        return Placement(source=self.source, device=self.device)
+
+    @model_serializer(mode="plain")
+    def _as_written(self) -> Any:
+        found = {"pattern": self.pattern, "source": self.source, "device": self.device}
+        return {key: value for key, value in found.items() if value is not None}
+
+
+def _source_alone(value: Any) -> Any:
+    return {"source": value} if isinstance(value, str) else value
+
+
+PlacementValue = Annotated[Placement, BeforeValidator(_source_alone)]
+"""A source's name, or a `Placement`."""
 
 
 class DerivedSource(Section):
@@ -55,8 +105,9 @@ class MixedPrecisionSettings(Section):
 
     sources: dict[SourceName, ModelPath] = Field(default_factory=dict)
     """Name → folder or hub id, for sources whose names do not fit a `<name>_path` key."""
-    weight_mapping: dict[str, SourceName] = Field(default_factory=dict)
-    """Logical name or pattern → source. Exact names win, then the most specific pattern."""
+    weight_mapping: dict[str, PlacementValue] = Field(default_factory=dict)
+    """Logical name or pattern → source, or `{source: fp8, device: cuda}`, either of which may be left out. Exact names
+    win, then the most specific pattern."""
     rules: tuple[Rule, ...] = ()
     """The same as an ordered list: among equally specific patterns the later wins."""
     default_source: SourceName = BASE_SOURCE
@@ -87,11 +138,11 @@ class MixedPrecisionSettings(Section):
     @model_validator(mode="after")
     def _check_sources(self) -> MixedPrecisionSettings:
         known = {BASE_SOURCE, *self.sources}
-        used = [(f"weight_mapping[{name!r}]", source) for name, source in self.weight_mapping.items()]
+        used = [(f"weight_mapping[{name!r}]", placement.source) for name, placement in self.weight_mapping.items()]
         used += [(f"rules[{i}] ({rule.pattern!r})", rule.source) for i, rule in enumerate(self.rules)]
         used += [("default_source", self.default_source), *((f"derived[{name!r}]", name) for name in self.derived)]
         for where, source in used:
-            if source not in known:
+            if source is not None and source not in known:
                 raise ValueError(
                     f"{where} names source {source!r}, which nobody declared. Declared: "
                     f"{', '.join(sorted(known))}. Add {source}{PATH_SUFFIX} or correct the name"
@@ -101,8 +152,7 @@ class MixedPrecisionSettings(Section):
     @property
     def all_rules(self) -> tuple[Rule, ...]:
         """`weight_mapping` and `rules` as one ordered list."""
-        mapped = (Rule(pattern=pattern, source=source) for pattern, source in self.weight_mapping.items())
-        return (*mapped, *self.rules)
+        return (*build_rules(self.weight_mapping), *self.rules)
 
 
 class ModelSettings(Section):
@@ -129,14 +179,23 @@ class InferenceSettings(Section):
     """What bfloat16 activations become for integer weights on the CPU. auto: int8, bf16 for small dense models."""
     bf16_coding: bool = True
     """Whether a CPU with AVX2 or AVX-512 keeps bf16 weights in 12 bits, without loss: less to read, longer to load."""
-    device_map: str = Field(default="auto", pattern=r"^(auto|cpu|cuda(:\d+)?)$")
-    """auto | cpu | cuda | cuda:N."""
+    device_map: str = "auto"
+    """auto | cpu | cuda | cuda:N, and cpu:N, which stands in for a card: the device that computes all but experts which
+    rules place elsewhere."""
+    devices: dict[DeviceName, MemorySize | None] = Field(default_factory=dict)
+    """Device → memory that weights may take there, such as `cuda: 24GB`; empty: what is free. A stand-in for a card
+    (`cpu:1`) is there only if it is named here or in device_map."""
     load_in_8bit: bool = False
     """Quantize wide linear weights that no rule names to int8 while loading."""
     load_in_4bit: bool = False
     """The same to int4 in groups of 128."""
     packed_cache: UserPath = ""
     """Folder that keeps packed weights, so that later starts map them and need not read and pack. Empty: none."""
+
+    @field_validator("device_map")
+    @classmethod
+    def _check_device_map(cls, value: str) -> str:
+        return value if value == "auto" else device_name(value)
 
     @model_validator(mode="after")
     def _check_one_width(self) -> InferenceSettings:
@@ -333,7 +392,7 @@ class WeightsSettings(Section):
     """File that keeps what has changed the weights across restarts, one process' own. Empty: it ends with it."""
     resume: bool = False
     """Start by the rules of the last version that new requests started on, and with those that had names or pins."""
-    named: dict[WeightsName, dict[Pattern, SourceName]] = Field(default_factory=dict, max_length=MAX_KEPT)
+    named: dict[WeightsName, dict[Pattern, PlacementValue]] = Field(default_factory=dict, max_length=MAX_KEPT)
     """Versions that requests can ask for, made at the start: name → all its rules, as in `weight_mapping`."""
     watch_seconds: float = Field(default=0.0, ge=0, le=86400)
     """How often the server looks at its configuration file, whose rules come into use when they change. 0: never."""
@@ -396,8 +455,9 @@ class Settings(Section):
     def _check_named(self) -> Settings:
         known = {BASE_SOURCE, *self.model.mixed_precision.sources}
         for name, mapping in self.weights.named.items():
-            for pattern, source in mapping.items():
-                if source not in known:
+            for pattern, placement in mapping.items():
+                source = placement.source
+                if source is not None and source not in known:
                     raise ValueError(
                         f"weights.named[{name!r}][{pattern!r}] names source {source!r}, which nobody declared. "
                         f"Declared: {', '.join(sorted(known))}"
@@ -424,16 +484,24 @@ def build_settings(data: Mapping[str, Any], origins: Mapping[str, str] | None = 
         raise ConfigError("Configuration is invalid:\n" + "\n".join(_explain(error, origins or {}))) from None
 
 
-def build_rules(mapping: Mapping[str, str]) -> tuple[Rule, ...]:
-    """Rules from name or pattern → source, in order.
+def build_rules(mapping: Mapping[str, str | Placement | Mapping[str, Any]]) -> tuple[Rule, ...]:
+    """Rules from name or pattern → source or placement, in order.
 
     Raises:
-        ConfigError: an empty pattern or an impossible source name.
+        ConfigError: an empty pattern, an impossible name of a source or device.
     """
     try:
-        return tuple(Rule(pattern=pattern, source=source) for pattern, source in mapping.items())
+        return tuple(_rule(pattern, value) for pattern, value in mapping.items())
     except ValidationError as error:
         raise ConfigError("weight_mapping is invalid:\n" + "\n".join(_explain(error))) from None
+
+
+def _rule(pattern: str, value: str | Placement | Mapping[str, Any]) -> Rule:
+    if isinstance(value, Placement):
+        return Rule(pattern=pattern, source=value.source, device=value.device)
+    return Rule.model_validate(
+        {"source": value, "pattern": pattern} if isinstance(value, str) else {**value, "pattern": pattern}
+    )
 
 
 def _explain(error: ValidationError, origins: Mapping[str, str] | None = None) -> list[str]:
