@@ -144,6 +144,23 @@ class Kernels:
         threads: int,
         /,
     ) -> None: ...
+    def expert_outputs(
+        self,
+        experts: Experts,
+        x: Tensor,
+        expert_ids: Tensor,
+        out: Tensor,
+        alpha: float,
+        offset: float,
+        limit: float,
+        is_gelu: bool,
+        limits_last: bool,
+        threads: int,
+        /,
+    ) -> None:
+        """out: float32 `[rows, k, hidden]`, left alone where an id is -1."""
+
+    def weighted_sum(self, outputs: Tensor, gate_weights: Tensor, out: Tensor, threads: int, /) -> None: ...
 
 def pack(
     kernels: Kernels,

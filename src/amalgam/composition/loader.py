@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
@@ -20,6 +20,7 @@ import torch
 from amalgam.base.collector import collector_paused
 from amalgam.composition.agreement import check_agreement
 from amalgam.composition.check import SourceCheck
+from amalgam.composition.devices import Devices, bytes_by_device
 from amalgam.composition.planned import PlannedWeight, activation_for, codes_bf16
 from amalgam.composition.progress import Progress, Turn
 from amalgam.composition.reading import WeightReader, packed_cache_folder
@@ -30,7 +31,7 @@ from amalgam.errors import CheckpointError, PlanError
 from amalgam.formats.contract import StoredWeight, WeightFormat, WritableFormat
 from amalgam.formats.fused import FusedTensor
 from amalgam.formats.registry import writable_format
-from amalgam.kernels.backends import choose_backend
+from amalgam.kernels.backends import Backend
 from amalgam.kernels.layouts import INT4, is_known
 from amalgam.kernels.packed import PackedWeight
 from amalgam.models.registry import fused_tensors, read_spec
@@ -59,6 +60,7 @@ class ModelLoader:
         names: logical name of every weight, in order of use.
         activation: what bfloat16 activations become for integer weights.
         cache_folder: where the packed cache is; None without one.
+        devices: that weights may lie on.
     """
 
     @collector_paused()
@@ -69,11 +71,12 @@ class ModelLoader:
             CheckpointError, UnsupportedError: no such folder, damaged files, an unknown family.
         """
         self.device = device
-        self._backend = choose_backend(getattr(torch, inference.dtype), device)
+        self.devices = Devices(inference, device)
+        self._backend = self.devices.backend(None)
         self._threads = threads
         self._inference = inference
         self.cache_folder = packed_cache_folder(inference, device)
-        self._reader = WeightReader(self._backend, threads, self.cache_folder)
+        self._reader = WeightReader(self.devices.backend, threads, self.cache_folder)
         self._mixed = model.mixed_precision
         self._paths = {BASE_SOURCE: model.base_path, **self._mixed.sources}
         base = Source.open(BASE_SOURCE, model.base_path, fused_tensors)
@@ -114,7 +117,7 @@ class ModelLoader:
         """
         rules = self._mixed.all_rules if rules is None else rules
         for rule in rules:
-            if rule.source not in self._paths:
+            if rule.source is not None and rule.source not in self._paths:
                 raise PlanError(
                     f"Rule {rule.pattern!r} names source {rule.source!r}, which nobody declared.",
                     remedy=f"Declared: {', '.join(sorted(self._paths))}.",
@@ -126,13 +129,15 @@ class ModelLoader:
         """Find every weight in the source that `choose` takes it from; reads headers and a few small tensors.
 
         Raises:
-            PlanError: see `choose`; a source lacks a weight or has it in another shape; sources of one block disagree.
+            PlanError: see `choose`; a source lacks a weight or has it in another shape; sources of one block disagree;
+                a weight cannot lie where a rule places it.
             CheckpointError: a source is damaged, of another model, or holds weights that the model has no place for.
         """
         choices = self.choose(rules)
+        devices = self.devices.placement(self._slots, choices)
         self._forget(lambda source: source.store.has_changed())
         with self._reading():
-            planned = [self._plan_weight(slot, choices[name]) for name, slot in self._slots.items()]
+            planned = [self._plan_weight(slot, choices[name], devices.get(name)) for name, slot in self._slots.items()]
             for source in {id(weight.source): weight.source for weight in planned}.values():
                 self._source_check.check(source)
             for target, shape in {(w.quantize_to, w.slot.shape) for w in planned if w.quantize_to is not None}:
@@ -195,22 +200,22 @@ class ModelLoader:
             UnsupportedError: the format cannot hold this shape.
         """
         size = weight_format.nbytes(slot.shape)
-        coded = self._coded_bytes(slot, weight_format)
+        coded = self._coded_bytes(slot, weight_format, self._backend)
         if coded is not None:
             return coded
         bits = weight_format.bits
         if bits in (2, 3) and isinstance(weight_format, WritableFormat) and len(slot.shape) == 2:
             block = weight_format.grid((slot.shape[0], slot.shape[1]), torch.float32).block
-            if self._keeps_bits(slot, bits, block):
+            if self._keeps_bits(slot, bits, block, self._backend):
                 size -= math.prod(slot.shape) * (4 - bits) // 8  # which `nbytes` counts with 4
         return size
 
-    def _coded_bytes(self, slot: Slot, weight_format: WeightFormat) -> int | None:
-        is_coded = weight_format.name == "bf16" and codes_bf16(slot, self._inference, self._backend)
-        return self._backend.coded_bytes(slot.shape) if is_coded else None
+    def _coded_bytes(self, slot: Slot, weight_format: WeightFormat, backend: Backend) -> int | None:
+        is_coded = weight_format.name == "bf16" and codes_bf16(slot, self._inference, backend)
+        return backend.coded_bytes(slot.shape) if is_coded else None
 
-    def _keeps_bits(self, slot: Slot, bits: int, block: tuple[int, int] | None) -> bool:
-        return block is not None and self._backend.keeps_bits(slot.shape, bits, block[1])
+    def _keeps_bits(self, slot: Slot, bits: int, block: tuple[int, int] | None, backend: Backend) -> bool:
+        return block is not None and backend.keeps_bits(slot.shape, bits, block[1])
 
     def prepare(self, slot: Slot, packed: PackedWeight) -> PackedWeight:
         """A weight that comes from no source, as `build` packs one of this slot."""
@@ -223,9 +228,17 @@ class ModelLoader:
     def _is_multiplied(self, slot: Slot) -> bool:
         return slot.is_linear or slot.decides or (slot.role == "embedding" and self.spec.has_tied_head)
 
-    def maps(self, weight_format: WeightFormat) -> bool:
-        """Whether weights of a format become pages of the packed cache instead of memory of the process."""
-        return self.cache_folder is not None and all(map(is_known, weight_format.layouts))
+    def maps(self, weight_format: WeightFormat, device: str | None = None) -> bool:
+        """Whether weights of a format become pages of the packed cache instead of memory of the process.
+
+        Args:
+            device: that they lie on; None: with the rest of the model.
+        """
+        return self.cache_folder is not None and device is None and all(map(is_known, weight_format.layouts))
+
+    def new_bytes(self, planned: Iterable[PlannedWeight]) -> dict[str | None, int]:
+        """Memory that weights are expected to take, by device, without pages of the packed cache."""
+        return bytes_by_device([weight for weight in planned if not self.maps(weight.format, weight.device)])
 
     def build(
         self,
@@ -243,14 +256,18 @@ class ModelLoader:
             turn: entered by the thread that reads a weight, for as long as it does.
 
         Raises:
-            CheckpointError, OutOfMemoryError: see `PlannedWeight.load`.
+            CheckpointError, OutOfMemoryError: see `PlannedWeight.load`; a device has too little memory left.
+            ConfigError: a device is not there.
         """
         started = time.monotonic()
         keys = {weight.slot.name: weight.key for weight in planned}
         shared = {} if previous is None else {s: previous[s] for s, key in keys.items() if previous.keys.get(s) == key}
         missing = [weight for weight in planned if weight.slot.name not in shared]
+        self.devices.check_there(missing)
+        self.devices.check_room(self.new_bytes(missing))
         with self._reading():
             weights = {**shared, **self._reader.read(missing, progress, turn)}
+        self.devices.note((weight, weights[weight.slot.name]) for weight in missing)
         origins = {weight.slot.name: weight.origin for weight in planned}
         version = WeightVersion(version_id, weights, origins, keys)
         with self._building:
@@ -277,6 +294,7 @@ class ModelLoader:
                 f"{fresh._base_place} describes another model than the one being served.",
                 remedy="Restart the server to serve it.",
             )
+        fresh.devices, fresh._reader = self.devices, self._reader  # what lies there counts on
         return fresh
 
     @contextmanager
@@ -315,7 +333,7 @@ class ModelLoader:
     def _with_logical_names(self, source: Source) -> Source:
         return replace(source, weights=self.family.with_whole_names(source.weights, self._slots))
 
-    def _plan_weight(self, slot: Slot, choice: Choice) -> PlannedWeight:
+    def _plan_weight(self, slot: Slot, choice: Choice, device: str | None = None) -> PlannedWeight:
         source = self._source(choice.source)
         stored = source.weights.get(choice.name)
         if stored is None:
@@ -349,12 +367,12 @@ class ModelLoader:
             )
         is_multiplied = self._is_multiplied(slot)
         activation = self.activation if is_multiplied else None
-        quantize_to = self._quantize_to(slot, choice, stored)
-        coded_bytes = self._coded_bytes(slot, quantize_to or stored.format) if is_multiplied else None
+        quantize_to, backend = self._quantize_to(slot, choice, stored), self.devices.backend(device)
+        coded_bytes = self._coded_bytes(slot, quantize_to or stored.format, backend) if is_multiplied else None
         is_widened = (INT4 in stored.format.layouts and stored.bits in (2, 3)) and not (
-            activation is not None and self._keeps_bits(slot, stored.bits, stored.block)
+            activation is not None and self._keeps_bits(slot, stored.bits, stored.block, backend)
         )
-        return PlannedWeight(slot, choice, source, stored, quantize_to, activation, is_widened, coded_bytes)
+        return PlannedWeight(slot, choice, source, stored, quantize_to, activation, is_widened, coded_bytes, device)
 
     def _quantize_to(self, slot: Slot, choice: Choice, stored: StoredWeight) -> WritableFormat | None:
         """`load_in_8bit` and `load_in_4bit` concern wide linear weights that no rule names; the head stays wide."""

@@ -43,14 +43,16 @@ class PlannedWeight:
     activation: ActivationType | None  # of bfloat16 activations for integer weights; None: nothing is multiplied
     is_widened: bool  # codes of 2 or 3 bits take the room of 4 in memory
     coded_bytes: int | None  # about what it takes if its bf16 is coded in memory; None: it is not
+    device: str | None = None  # where it lies; None: with the rest of the model
 
     @cached_property
     def key(self) -> tuple[Any, ...]:
-        """Equal for weights that are packed from the same bytes, which mean the same, in the same way; taken when
-        first asked for. Two folders may hold one file and declare it differently."""
+        """Equal for weights that are packed from the same bytes, which mean the same, in the same way, on one device;
+        taken when first asked for. Two folders may hold one file and declare it differently."""
         target = self.quantize_to.name if self.quantize_to else None
         meaning = None if self.stored.is_wide else self.stored.declared
-        return (*self.source.identity(self.stored), meaning, target)
+        key = (*self.source.identity(self.stored), meaning, target)
+        return key if self.device is None else (*key, self.device)
 
     @property
     def cache_key(self) -> str:
@@ -157,6 +159,7 @@ class PlannedWeight:
             stored_format=stored.format.name,
             shape=self.slot.shape,
             rule=self.choice.reason,
+            device=self.device,
             parts=tuple(Part(e.name, str(e.file), e.offset, e.nbytes) for e in stored.parts.values()),
         )
 

@@ -22,6 +22,7 @@ from amalgam.composition.planned import PlannedWeight
 from amalgam.composition.progress import LOADING, Progress, Turn, waiting_for
 from amalgam.config.settings import InferenceSettings
 from amalgam.kernels.backends import Backend, why_not_compiled
+from amalgam.kernels.devices import uploading
 from amalgam.kernels.packed import PackedWeight
 
 logger = logging.getLogger("amalgam.models")
@@ -29,10 +30,14 @@ Keep = Callable[[PlannedWeight, PackedWeight], PackedWeight | None]
 
 
 class WeightReader:
-    """Reads and packs for one backend; writes into the packed cache what it has not found there."""
+    """Reads and packs; writes into the packed cache what it has not found there, unless it lies on another device.
 
-    def __init__(self, backend: Backend, threads: int, cache_folder: Path | None) -> None:
-        self._backend = backend
+    Args:
+        backend_of: who prepares a weight, by `PlannedWeight.device`.
+    """
+
+    def __init__(self, backend_of: Callable[[str | None], Backend], threads: int, cache_folder: Path | None) -> None:
+        self._backend_of = backend_of
         self._threads = threads
         self._cache_folder = cache_folder
 
@@ -46,6 +51,10 @@ class WeightReader:
         """
         if self._cache_folder is None or not planned:
             return _only(self._read(planned, progress, turn))
+        apart = [weight for weight in planned if weight.device is not None]
+        if apart:
+            here = self.read([weight for weight in planned if weight.device is None], progress, turn)
+            return {**here, **_only(self._read(apart, progress, turn))}
         cache = PackedCache(self._cache_folder)
         keys = {weight.slot.name: weight.cache_key for weight in planned}
         found = self._find(cache, planned, keys)
@@ -126,8 +135,9 @@ class WeightReader:
 
         def load(weight: PlannedWeight) -> PackedWeight | None:
             nonlocal done
-            with turn():
-                packed = weight.load(self._backend)
+            backend = self._backend_of(weight.device)
+            with turn(), uploading(backend.device):
+                packed = weight.load(backend)
                 kept = packed if keep is None else keep(weight, packed)
             if progress is not None:
                 with lock:

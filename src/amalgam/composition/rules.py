@@ -1,16 +1,16 @@
-"""Rules → which source each weight comes from, and why.
+"""Rules → which source each weight comes from, on which device it lies, and why.
 
 In: logical weight names and rules (name or pattern → source). Out: `Choices`.
 Must never know: files, tensors, layers.
 
 Precedence: an exact name wins; then the most specific pattern, the one with the most literal characters; among equals
-the later rule; then the default source.
+the later rule; then the default source. Sources and devices are decided apart, each by the
+rules that say one.
 """
 
 from __future__ import annotations
 
 import difflib
-import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -21,11 +21,19 @@ from amalgam.errors import PlanError, describe
 
 @dataclass(frozen=True)
 class Choice:
-    """Where one weight comes from. `rule` is None when the default source applies."""
+    """Where one weight comes from, and where it lies.
+
+    Attributes:
+        rule: that says the source; None: the default source applies.
+        device: None: no rule says one.
+        device_rule: that does.
+    """
 
     name: str
     source: str
     rule: Rule | None
+    device: str | None = None
+    device_rule: Rule | None = None
 
     @property
     def reason(self) -> str:
@@ -37,11 +45,17 @@ class Choice:
 
 @dataclass(frozen=True)
 class Explanation:
-    """A weight's choice with every rule that matches it, strongest first."""
+    """A weight's choice with every rule that matches it, strongest first.
+
+    Attributes:
+        matching: those that say a source.
+        placing: those that say a device.
+    """
 
     choice: Choice
     matching: tuple[Rule, ...]
     default_source: str
+    placing: tuple[Rule, ...] = ()
 
     @property
     def why(self) -> str:
@@ -73,7 +87,8 @@ class Choices(Mapping[str, Choice]):
         """
         self.rules = tuple(rules)
         self.default_source = default_source
-        self._exact, self._patterns = _rank(self.rules)
+        self._of_sources = _Ranked([rule for rule in self.rules if rule.source is not None])
+        self._of_devices = _Ranked([rule for rule in self.rules if rule.device is not None])
         self._choices = {name: self._choose(name) for name in names}
         self._check_all_match()
 
@@ -94,35 +109,51 @@ class Choices(Mapping[str, Choice]):
         """
         if name not in self._choices:
             raise PlanError(f"The model has no weight {describe(name)}.", remedy=_nearest(name, self._choices))
-        exact = [rule for rule in reversed(self.rules) if rule.pattern == name]
-        patterns = [rule for rule, regex in self._patterns if regex.fullmatch(name)]
-        return Explanation(self._choices[name], (*exact, *patterns), self.default_source)
+        return Explanation(
+            self._choices[name], self._of_sources.matching(name), self.default_source, self._of_devices.matching(name)
+        )
 
     def _choose(self, name: str) -> Choice:
-        rule = self._exact.get(name)
-        if rule is None:
-            rule = next((rule for rule, regex in self._patterns if regex.fullmatch(name)), None)
-        return Choice(name, self.default_source if rule is None else rule.source, rule)
+        rule, placing = self._of_sources.first(name), self._of_devices.first(name)
+        source = self.default_source if rule is None or rule.source is None else rule.source
+        return Choice(name, source, rule, None if placing is None else placing.device, placing)
 
     def _check_all_match(self) -> None:
-        for name in self._exact:
-            if name not in self._choices:
-                raise PlanError(f"Rule {describe(name)} matches no weight.", remedy=_nearest(name, self._choices))
-        winners = {id(choice.rule) for choice in self._choices.values()}
-        for rule, regex in self._patterns:
-            if id(rule) not in winners and not any(regex.fullmatch(name) for name in self._choices):
-                raise PlanError(
-                    f"Rule {describe(rule.pattern)} matches no weight.",
-                    remedy="`amalgam plan` lists the weights' names.",
-                )
+        winners = {id(rule) for choice in self._choices.values() for rule in (choice.rule, choice.device_rule)}
+        for ranked in (self._of_sources, self._of_devices):
+            for name in ranked.exact:
+                if name not in self._choices:
+                    raise PlanError(f"Rule {describe(name)} matches no weight.", remedy=_nearest(name, self._choices))
+            for rule, regex in ranked.patterns:
+                if id(rule) not in winners and not any(regex.fullmatch(name) for name in self._choices):
+                    raise PlanError(
+                        f"Rule {describe(rule.pattern)} matches no weight.",
+                        remedy="`amalgam plan` lists the weights' names.",
+                    )
 
 
-def _rank(rules: Sequence[Rule]) -> tuple[dict[str, Rule], list[tuple[Rule, re.Pattern[str]]]]:
-    """Exact rules by name, and the patterns from the strongest to the weakest."""
-    exact = {rule.pattern: rule for rule in rules if is_exact(rule.pattern)}
-    patterns = [(index, rule) for index, rule in enumerate(rules) if not is_exact(rule.pattern)]
-    patterns.sort(key=lambda item: (-specificity(item[1].pattern), -item[0]))
-    return exact, [(rule, compile_pattern(rule.pattern)) for _, rule in patterns]
+class _Ranked:
+    """Rules by strength.
+
+    Attributes:
+        exact: by name; of several the last.
+        patterns: from the strongest to the weakest.
+    """
+
+    def __init__(self, rules: Sequence[Rule]) -> None:
+        self._rules = rules
+        self.exact = {rule.pattern: rule for rule in rules if is_exact(rule.pattern)}
+        patterns = [(index, rule) for index, rule in enumerate(rules) if not is_exact(rule.pattern)]
+        patterns.sort(key=lambda item: (-specificity(item[1].pattern), -item[0]))
+        self.patterns = [(rule, compile_pattern(rule.pattern)) for _, rule in patterns]
+
+    def first(self, name: str) -> Rule | None:
+        rule = self.exact.get(name)
+        return rule or next((rule for rule, regex in self.patterns if regex.fullmatch(name)), None)
+
+    def matching(self, name: str) -> tuple[Rule, ...]:
+        exact = [rule for rule in reversed(self._rules) if rule.pattern == name]
+        return (*exact, *(rule for rule, regex in self.patterns if regex.fullmatch(name)))
 
 
 def _nearest(name: str, names: Iterable[str]) -> str:

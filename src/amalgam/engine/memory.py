@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 
-from amalgam.base.machine import detect_machine
+from amalgam.kernels.devices import free_bytes
 
 _STATUS = "/proc/self/status"
 STATES_PER_SEQUENCE = 2  # slots for recurrent states: its own, and one that others can start from
@@ -19,9 +19,7 @@ STATES_PER_SEQUENCE = 2  # slots for recurrent states: its own, and one that oth
 
 def available_bytes(device: torch.device) -> int:
     """Memory that can still be taken on a device."""
-    if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
-    return detect_machine().available_bytes
+    return free_bytes(device)
 
 
 def resident_bytes() -> int:

@@ -150,9 +150,14 @@ class Expert:
 
 @dataclass(frozen=True, eq=False)
 class ExpertTable:
-    """All experts of one layer."""
+    """All experts of one layer.
+
+    Attributes:
+        devices: name of the device that each lies on, None with the rest of the model; empty: all do.
+    """
 
     experts: Sequence[Expert]
+    devices: tuple[str | None, ...] = ()
 
     def __len__(self) -> int:
         return len(self.experts)

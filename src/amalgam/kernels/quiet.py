@@ -34,9 +34,14 @@ def alone() -> Iterator[None]:
         _take_threads(num_threads, for_others=num_threads)
 
 
+def compute_alone() -> None:
+    """Have the calling thread, from now on, compute without help from others. Once for each thread."""
+    _take_threads(1, for_others=torch.get_num_threads())
+
+
 def be_quiet() -> None:
     """Have the calling thread, from now on, compute alone and behind others. Once for each thread."""
-    _take_threads(1, for_others=torch.get_num_threads())
+    compute_alone()
     with suppress(OSError, AttributeError):
         thread = threading.get_native_id()
         os.setpriority(os.PRIO_PROCESS, thread, os.getpriority(os.PRIO_PROCESS, thread) + NICENESS)

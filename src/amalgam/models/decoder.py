@@ -9,13 +9,16 @@ Must never know: requests, files, plans.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
 
 from amalgam.kernels.backends import Backend, Compiled, Tables, choose_backend
+from amalgam.kernels.backends.split.experts import Splitter
+from amalgam.kernels.backends.split.traffic import Traffic
+from amalgam.kernels.devices import torch_device
 from amalgam.kernels.packed import PackedWeight
 from amalgam.kernels.program import Add, Embed, Emitter, Head, Instruction, Program, Rows, Scale
 from amalgam.kernels.step import StepContext
@@ -45,6 +48,7 @@ class Decoder:
         self.max_positions = max_positions
         self.ropes = ropes_of(spec)
         self.backend = choose(dtype, device)
+        self._splitter = Splitter(self.backend, lambda name: choose(dtype, torch_device(name)))
         self._compiled: WeakKeyDictionary[WeightVersion, Compiled] = WeakKeyDictionary()
         self._tables: WeakKeyDictionary[PackedWeight, Tables] = (
             WeakKeyDictionary()
@@ -55,9 +59,15 @@ class Decoder:
         """Make a version ready to run. To be called before it goes live: that takes longer than a step."""
         compiled = self._compiled.get(weights)
         if compiled is None:
-            compiled = self.backend.compile(emit(self.spec, weights, self.ropes), self.tables(weights))
+            program = self._splitter.split(emit(self.spec, weights, self.ropes))
+            compiled = self.backend.compile(program, self.tables(weights))
             self._compiled[weights] = compiled
         return compiled
+
+    @property
+    def traffic(self) -> Mapping[str, Traffic]:
+        """What went to each other device that experts lie on, and came back."""
+        return self._splitter.traffic
 
     def tables(self, weights: WeightVersion) -> Tables:
         """Of the rotations; versions that turn alike share them."""

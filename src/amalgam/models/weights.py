@@ -32,6 +32,7 @@ class Origin:
     shape: tuple[int, ...]
     rule: str  # why this source
     parts: tuple[Part, ...]
+    device: str | None = None  # where it lies; None: with the rest of the model
 
 
 @dataclass(frozen=True)
@@ -52,8 +53,13 @@ class Part:
 class BlockWeights(Mapping[str, PackedWeight]):
     """The weights of one block, by their name within it."""
 
-    def __init__(self, weights: Mapping[str, PackedWeight]) -> None:
+    def __init__(self, weights: Mapping[str, PackedWeight], devices: Mapping[str, str] | None = None) -> None:
+        """
+        Args:
+            devices: of those that do not lie with the rest of the model.
+        """
         self._weights = dict(weights)
+        self._devices = dict(devices or {})
 
     def __getitem__(self, name: str) -> PackedWeight:
         return self._weights[name]
@@ -80,7 +86,9 @@ class BlockWeights(Mapping[str, PackedWeight]):
             gate_bias, up_bias, down_bias = (self.vector(f"{prefix}{part}_bias") for part in ("gate", "up", "down"))
             return Expert(gate, up, down, gate_bias, up_bias, down_bias)
 
-        return ExpertTable(tuple(expert(expert_id) for expert_id in sorted(ids)))
+        order = sorted(ids)
+        devices = tuple(self._devices.get(f"experts.{expert_id}.down") for expert_id in order) if self._devices else ()
+        return ExpertTable(tuple(expert(expert_id) for expert_id in order), devices)
 
 
 class WeightVersion:
@@ -90,6 +98,7 @@ class WeightVersion:
         version_id: 1, 2, … in order of creation.
         origins: slot → where it came from; with `fingerprint`, the provenance manifest.
         keys: slot → identity of the bytes and the way they were packed; equal keys share one packed weight.
+        devices: slot → device, of those that do not lie with the rest of the model.
     """
 
     def __init__(
@@ -103,11 +112,15 @@ class WeightVersion:
         self.origins = dict(origins)
         self.keys = dict(keys)
         self._weights = dict(weights)
+        self.devices = {slot: one.device for slot, one in self.origins.items() if one.device is not None}
         blocks: dict[str, dict[str, PackedWeight]] = {}
+        devices: dict[str, dict[str, str]] = {}
         for slot, weight in self._weights.items():
             block, local = split_slot(slot)
             blocks.setdefault(block, {})[local] = weight
-        self._blocks = {name: BlockWeights(block) for name, block in blocks.items()}
+            if slot in self.devices:
+                devices.setdefault(block, {})[local] = self.devices[slot]
+        self._blocks = {name: BlockWeights(block, devices.get(name)) for name, block in blocks.items()}
 
     def __getitem__(self, slot: str) -> PackedWeight:
         return self._weights[slot]

@@ -12,8 +12,8 @@ from typing import Literal, Protocol
 import torch
 from torch import Tensor
 
-from amalgam.kernels.packed import PackedWeight
-from amalgam.kernels.program import Instruction, Program
+from amalgam.kernels.packed import Activation, ExpertTable, PackedWeight
+from amalgam.kernels.program import Instruction, Mix, Program
 from amalgam.kernels.step import StepContext
 
 # cos and sin of all positions, contiguous float32 `[positions, r / 2]`, one pair for each rope of a program.
@@ -68,6 +68,45 @@ class Backend(Protocol):
     def compile(self, program: Program, tables: Tables) -> Compiled:
         """Make a program ready to run; any thread may do so while another one runs a step."""
 
+    # --- Of mixtures whose experts lie on several devices: each does the first part for its own, one of them adds ---
+
+    def prepare_experts(self, experts: ExpertTable) -> ExpertTable:
+        """Experts that lie on the device, ready for `expert_outputs`."""
+
+    def expert_outputs(
+        self,
+        x: Tensor,
+        expert_ids: Tensor,
+        experts: ExpertTable,
+        activation: Activation,
+        out: Tensor,
+        *,
+        num_threads: int | None = None,
+    ) -> None:
+        """out[t, k] = expert(expert_ids[t, k])(x[t]), float32 `[tokens, k, hidden]`; left alone where an id is -1.
+
+        Thread-safe.
+
+        Args:
+            num_threads: most that compute, of processors; None: as many as PyTorch has.
+        """
+
+    def weighted_sum(self, outputs: Tensor, gate_weights: Tensor, dtype: torch.dtype) -> Tensor:
+        """Σₖ gate_weights[t, k] × outputs[t, k], in the order of k, `[tokens, hidden]`."""
+
+
+class OwnMixture(ExpertTable):
+    """Experts that see to their own multiplication: no backend compiles it, and any runs it."""
+
+    def mix(self, x: Tensor, expert_ids: Tensor, gate_weights: Tensor, activation: Activation) -> Tensor:
+        """See `Mix`: `[tokens, hidden]` in x's type."""
+        raise NotImplementedError
+
+    @property
+    def who(self) -> str:
+        """Who computes it and where; for people."""
+        raise NotImplementedError
+
 
 def describe(runs: Iterable[tuple[Instruction, str]]) -> dict[str, str]:
     """Instructions and who runs each → its name (`attend_latent`) → who runs it, counted if several do."""
@@ -75,6 +114,8 @@ def describe(runs: Iterable[tuple[Instruction, str]]) -> dict[str, str]:
     for instruction, who in runs:
         kind = type(instruction).__name__
         name = "".join(f"_{letter.lower()}" if letter.isupper() else letter for letter in kind).lstrip("_")
+        if isinstance(instruction, Mix) and isinstance(instruction.experts, OwnMixture):
+            who = instruction.experts.who
         counts.setdefault(name, Counter())[who] += 1
     return {
         name: next(iter(found)) if len(found) == 1 else ", ".join(f"{who}: {n}" for who, n in found.items())

@@ -14,15 +14,16 @@ from amalgam.kernels.backends.cpu.operators import CpuOperators, who_runs
 from amalgam.kernels.backends.cpu.products import prepare_experts
 from amalgam.kernels.backends.cpu.program import CpuProgram
 from amalgam.kernels.backends.cpu.workspace import Workspace
-from amalgam.kernels.backends.reference.interpreter import Interpreted
-from amalgam.kernels.packed import PackedWeight
+from amalgam.kernels.backends.reference.interpreter import ByOperators, Interpreted
+from amalgam.kernels.packed import ExpertTable, PackedWeight
 from amalgam.kernels.program import Mix, Program
 
 
-class CpuBackend:
+class CpuBackend(ByOperators):
     """See `Backend`. What its programs write to is kept here, so that the first step of a new version finds it."""
 
     device = torch.device("cpu")
+    operators = CpuOperators
 
     def __init__(self, dtype: torch.dtype) -> None:
         self._dtype = dtype
@@ -54,6 +55,9 @@ class CpuBackend:
             return self.interpret(program, tables)
         program = _with_prepared_experts(program)
         return CpuProgram(self._workspace, tables, Encoder(program, self._dtype, self._latent))
+
+    def prepare_experts(self, experts: ExpertTable) -> ExpertTable:
+        return prepare_experts(experts)
 
     def interpret(self, program: Program, tables: Tables) -> Interpreted:
         """A program that runs one operator after the other."""

@@ -74,6 +74,24 @@ class CpuOperators(Operators):
         return Operators.moe(x, expert_ids, gate_weights, experts, activation)
 
     @staticmethod
+    def expert_outputs(
+        x: Tensor,
+        expert_ids: Tensor,
+        experts: ExpertTable,
+        activation: Activation,
+        out: Tensor,
+        *,
+        num_threads: int | None = None,
+    ) -> None:
+        compute = products.expert_outputs if products.supports_moe(x, experts) else Operators.expert_outputs
+        compute(x, expert_ids, experts, activation, out, num_threads=num_threads)
+
+    @staticmethod
+    def weighted_sum(outputs: Tensor, gate_weights: Tensor, dtype: torch.dtype) -> Tensor:
+        add = products.weighted_sum if extension.is_available() and outputs.is_cpu else Operators.weighted_sum
+        return add(outputs, gate_weights, dtype)
+
+    @staticmethod
     def add_rms_norm(x: Tensor, delta: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
         if elementwise.supports_rms_norm(x, weight):
             return elementwise.add_rms_norm(x, delta, weight, eps)

@@ -134,10 +134,14 @@ class PanelExperts(ExpertTable):
 
 
 def prepare_experts(experts: ExpertTable) -> ExpertTable:
-    """The experts ready for `moe`; themselves where a projection is not in panels, or shapes differ."""
+    """The experts ready for `moe`; themselves where some are not in panels, lie elsewhere or are of another shape."""
     from amalgam import _native
 
-    if not len(experts) or not all(_is_packed(expert, experts[0]) for expert in experts.experts):
+    if (
+        not len(experts)
+        or any(experts.devices)
+        or not all(_is_packed(expert, experts[0]) for expert in experts.experts)
+    ):
         return experts
     table = _native.Experts()
     for expert in experts.experts:
@@ -182,6 +186,44 @@ def moe(
         torch.get_num_threads(),
     )
     return out
+
+
+def expert_outputs(
+    x: Tensor,
+    expert_ids: Tensor,
+    experts: ExpertTable,
+    activation: Activation,
+    out: Tensor,
+    *,
+    num_threads: int | None = None,
+) -> None:
+    """The first half of `moe`, all in float32; see `operators.expert_outputs`.
+
+    Raises:
+        IndexError: an expert id without an expert, other than -1.
+        ValueError: shapes that do not fit together.
+    """
+    assert isinstance(experts, PanelExperts), type(experts)
+    extension.kernels().expert_outputs(
+        experts.native,
+        x.contiguous() if x.dtype in extension.FLOAT_TYPES else x.float().contiguous(),
+        expert_ids,
+        out,
+        *numbers_of(activation),
+        torch.get_num_threads() if num_threads is None else num_threads,
+    )
+
+
+def weighted_sum(outputs: Tensor, gate_weights: Tensor, dtype: torch.dtype) -> Tensor:
+    """The second half; see `operators.weighted_sum`.
+
+    Raises:
+        ValueError: shapes that do not fit together.
+    """
+    out_type = dtype if dtype in extension.FLOAT_TYPES else torch.float32
+    out = torch.empty((outputs.shape[0], outputs.shape[2]), dtype=out_type)
+    extension.kernels().weighted_sum(outputs, gate_weights.float().contiguous(), out, torch.get_num_threads())
+    return out.to(dtype)
 
 
 def _is_packed(expert: Expert, first: Expert) -> bool:

@@ -14,10 +14,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from amalgam.kernels.backends.base import ActivationType, Compiled, Tables, describe
+from amalgam.kernels.backends.base import ActivationType, Compiled, OwnMixture, Tables, describe
 from amalgam.kernels.backends.reference.operators import Operators, changed_logits, largest, part_pairs
 from amalgam.kernels.chosen import Choice, chooses
-from amalgam.kernels.packed import PackedWeight
+from amalgam.kernels.packed import Activation, ExpertTable, PackedWeight
 from amalgam.kernels.program import (
     Add,
     Attend,
@@ -116,7 +116,31 @@ class Frame:
 Watch = Callable[[Instruction, Frame], None]
 
 
-class ReferenceBackend:
+class ByOperators:
+    """What a `Backend` does for mixtures over several devices, by its operators."""
+
+    operators: type[Operators] = Operators
+
+    def prepare_experts(self, experts: ExpertTable) -> ExpertTable:
+        return experts
+
+    def expert_outputs(
+        self,
+        x: Tensor,
+        expert_ids: Tensor,
+        experts: ExpertTable,
+        activation: Activation,
+        out: Tensor,
+        *,
+        num_threads: int | None = None,
+    ) -> None:
+        self.operators.expert_outputs(x, expert_ids, experts, activation, out, num_threads=num_threads)
+
+    def weighted_sum(self, outputs: Tensor, gate_weights: Tensor, dtype: torch.dtype) -> Tensor:
+        return self.operators.weighted_sum(outputs, gate_weights, dtype)
+
+
+class ReferenceBackend(ByOperators):
     """See `Backend`; any device, any floating type.
 
     Args:
@@ -400,7 +424,11 @@ def _mix(one: Mix, frame: Frame) -> None:
     expert_ids, gate_weights = frame.routing
     if not one.weighs:
         gate_weights = torch.ones_like(gate_weights)
-    frame.put(one.out, frame.operators.moe(frame.get(one.x), expert_ids, gate_weights, one.experts, one.activation))
+    x, experts = frame.get(one.x), one.experts
+    if isinstance(experts, OwnMixture):
+        frame.put(one.out, experts.mix(x, expert_ids, gate_weights, one.activation))
+    else:
+        frame.put(one.out, frame.operators.moe(x, expert_ids, gate_weights, experts, one.activation))
 
 
 def _weigh_input(one: WeighInput, frame: Frame) -> None:

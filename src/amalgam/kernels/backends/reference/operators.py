@@ -183,12 +183,31 @@ def moe(
     x: `[tokens, hidden]`; expert_ids: int64 and gate_weights: float, both `[tokens, k]`. Returns `[tokens, hidden]`.
     Loops over the active experts only; the sum over k has a fixed order.
     """
-    tokens, k = expert_ids.shape
-    flat = expert_ids.flatten()
+    outputs = x.new_empty((*expert_ids.shape, x.shape[1]), dtype=torch.float32)
+    expert_outputs(x, expert_ids, experts, activation, outputs)
+    return weighted_sum(outputs, gate_weights, x.dtype)
+
+
+def expert_outputs(
+    x: Tensor,
+    expert_ids: Tensor,
+    experts: ExpertTable,
+    activation: Activation,
+    out: Tensor,
+    *,
+    num_threads: int | None = None,
+) -> None:
+    """out[t, k] = expert(expert_ids[t, k])(x[t]), rounded to x's type, in float32 `[tokens, k, hidden]`.
+
+    Left alone where an id is -1.
+
+    Args:
+        num_threads: of compiled operators; no matter here.
+    """
+    k, flat = expert_ids.shape[1], expert_ids.flatten()
+    outputs = out.view(-1, out.shape[-1])
     order = torch.argsort(flat, stable=True)
-    counts = torch.bincount(flat, minlength=len(experts)).tolist()
-    outputs = x.new_empty(tokens * k, x.shape[1])
-    start = 0
+    start, *counts = torch.bincount(flat + 1, minlength=len(experts) + 1).tolist()
     for expert_id, count in enumerate(counts):
         if count == 0:
             continue
@@ -198,13 +217,19 @@ def moe(
         inputs = x[rows // k]
         gate = linear(inputs, expert.gate, expert.gate_bias)
         up = linear(inputs, expert.up, expert.up_bias)
-        outputs[rows] = linear(gated(gate, up, activation), expert.down, expert.down_bias)
-    outputs = outputs.view(tokens, k, -1)
+        outputs[rows] = linear(gated(gate, up, activation), expert.down, expert.down_bias).float()
+
+
+def weighted_sum(outputs: Tensor, gate_weights: Tensor, dtype: torch.dtype) -> Tensor:
+    """`Σₖ gate_weights[t, k] × outputs[t, k]` in float32, in the order of k.
+
+    outputs: float32 `[tokens, k, hidden]`; gate_weights: `[tokens, k]`. Returns `[tokens, hidden]` in `dtype`.
+    """
     weights = gate_weights.float()
-    total = outputs[:, 0].float() * weights[:, :1]
-    for slot in range(1, k):
-        total = total + outputs[:, slot].float() * weights[:, slot : slot + 1]
-    return total.to(x.dtype)
+    total = outputs[:, 0] * weights[:, :1]
+    for slot in range(1, outputs.shape[1]):
+        total = total + outputs[:, slot] * weights[:, slot : slot + 1]
+    return total.to(dtype)
 
 
 def convolve(
@@ -535,6 +560,8 @@ class Operators:
     layer_norm = staticmethod(layer_norm)
     route = staticmethod(route)
     moe = staticmethod(moe)
+    expert_outputs = staticmethod(expert_outputs)
+    weighted_sum = staticmethod(weighted_sum)
     rotate = staticmethod(rotate)
     sigmoid = staticmethod(sigmoid)
     gelu = staticmethod(gelu)

@@ -308,15 +308,49 @@ void moe_layer(const Kernels& table, const Experts& experts, const Tensor& x, co
     gate_weights.dense("gate_weights", kFloat32, {tokens, k});
     out.like("out", x);
     if (tokens == 0) return;
-    moe({&table, threads}, {&experts.experts,
-                            x.data(),
-                            x.dtype(),
-                            tokens,
-                            expert_ids.data<const int64_t>(),
+    moe({&table, threads}, {{&experts.experts,
+                             x.data(),
+                             x.dtype(),
+                             tokens,
+                             expert_ids.data<const int64_t>(),
+                             k,
+                             {alpha, offset, limit, is_gelu, limits_last}},
                             gate_weights.data<const float>(),
-                            k,
-                            {alpha, offset, limit, is_gelu, limits_last},
                             out.data()});
+}
+
+void outputs_of_experts(const Kernels& table, const Experts& experts, const Tensor& x, const Tensor& expert_ids,
+                        const Tensor& out, float alpha, float offset, float limit, bool is_gelu, bool limits_last,
+                        int threads) {
+    require(!experts.experts.empty(), "a mixture of no experts");
+    const int64_t hidden = experts.experts.front().gate->matrix().columns;
+    x.dense("x", kActivations, {kAny, hidden});
+    const int64_t tokens = x.shape(0);
+    expert_ids.dense("expert_ids", kInt64, {tokens, kAny});
+    const int64_t k = expert_ids.shape(1);
+    out.dense("out", kFloat32, {tokens, k, hidden});
+    if (tokens == 0 || k == 0) return;
+    expert_outputs({&table, threads},
+                   {&experts.experts,
+                    x.data(),
+                    x.dtype(),
+                    tokens,
+                    expert_ids.data<const int64_t>(),
+                    k,
+                    {alpha, offset, limit, is_gelu, limits_last}},
+                   out.data<float>());
+}
+
+void sum_of_outputs(const Kernels& table, const Tensor& outputs, const Tensor& gate_weights, const Tensor& out,
+                    int threads) {
+    outputs.dense("outputs", kFloat32, {kAny, kAny, kAny});
+    const int64_t tokens = outputs.shape(0), k = outputs.shape(1), hidden = outputs.shape(2);
+    gate_weights.dense("gate_weights", kFloat32, {tokens, k});
+    out.dense("out", kActivations, {tokens, hidden});
+    require(k >= 1, "outputs is " + outputs.describe() + "; needed: at least one expert for each row");
+    if (tokens == 0 || hidden == 0) return;
+    weighted_sum({&table, threads}, outputs.data<const float>(), gate_weights.data<const float>(), tokens, k, hidden,
+                 out.data(), out.dtype());
 }
 
 // --- Attention ---
@@ -679,7 +713,9 @@ NB_MODULE(_native, module) {
         .def("embedding", &embedding_rows, Unlocked())
         .def("linear", &linear_rows, Unlocked())
         .def("route", &route_tokens, Unlocked())
-        .def("moe", &moe_layer, Unlocked());
+        .def("moe", &moe_layer, Unlocked())
+        .def("expert_outputs", &outputs_of_experts, Unlocked())
+        .def("weighted_sum", &sum_of_outputs, Unlocked());
     module.def("pack", &pack, "kernels"_a, "format"_a, "columns"_a, "weight"_a, "scale"_a.none(), "scale_dtype"_a,
                "block"_a, "zero"_a.none(), "offset"_a.none(), "offset_kind"_a, "part_scale"_a.none(),
                "part_minimum"_a.none(), "table"_a.none(), "order"_a.none(), "quantizes"_a, "codes"_a,

@@ -57,19 +57,30 @@ struct ExpertWeights {
     Bias gate_bias, up_bias, down_bias;
 };
 
-struct MoeArgs {
+struct ExpertsArgs {
     const std::vector<ExpertWeights>* experts;
     const void* x;  // [tokens, hidden], dense
     DType x_dtype;
     int64_t tokens;
     const int64_t* expert_ids;  // [tokens, num_active]
-    const float* gate_weights;  // [tokens, num_active]
     int64_t num_active;
     Gating gating;
-    void* out;  // [tokens, hidden], of the type of x
+};
+
+struct MoeArgs : ExpertsArgs {
+    const float* gate_weights;  // [tokens, num_active]
+    void* out;                  // [tokens, hidden], of the type of x
 };
 
 // Throws std::out_of_range at an expert id that is none.
 void moe(const Execution& execution, const MoeArgs& args);
+
+// The two halves of it. First each expert's output for its tokens, [tokens, num_active, hidden]; where an id is -1, out
+// is left alone. Throws std::out_of_range at another id that is none.
+void expert_outputs(const Execution& execution, const ExpertsArgs& args, float* out);
+
+// Then out[t] = sum over k of gate_weights[t, k] * outputs[t, k], in the order of k.
+void weighted_sum(const Execution& execution, const float* outputs, const float* gate_weights, int64_t tokens,
+                  int64_t num_active, int64_t hidden, void* out, DType out_dtype);
 
 }  // namespace amalgam

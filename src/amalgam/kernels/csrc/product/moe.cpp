@@ -2,7 +2,10 @@
 //
 //     sort (token, expert) pairs by expert ─ make operands ─ gate, up, SwiGLU ─ make operands ─ down ─ weighted sum
 //
-// A pair's place in the sorted order is its slot. Every projection of every expert brings its own format.
+// A pair's place in the sorted order is its slot. Every projection of every expert brings its own format. Where the
+// experts of a layer lie on several devices, each device does all but the sum for its own, and one of them adds.
+#include <cstring>
+#include <numeric>
 #include <stdexcept>
 #include <string>
 
@@ -15,6 +18,8 @@ namespace {
 
 constexpr int64_t kItemsPerThread = 12;
 constexpr int64_t kElementsPerSum = 1 << 13, kMinColumns = 256;  // of one item of the weighted sum
+constexpr int64_t kElementsPerCopy = 1 << 14;
+constexpr int64_t kNoExpert = -1;  // an id whose expert lies elsewhere
 constexpr int64_t kRowsPerPanelRead = 8;  // rows whose arithmetic takes about as long as reading the panel
 
 struct Active {
@@ -26,15 +31,17 @@ struct Active {
 struct Routing {
     std::vector<Active> active;
     int32_t* tokens;  // [slots]
-    int32_t* slots;   // [tokens, k]
+    int32_t* slots;   // [tokens, k]; -1 where there is no expert
+    int64_t num_slots = 0;
 };
 
-Routing sort_by_expert(const MoeArgs& args, Workspace& workspace) {
+Routing sort_by_expert(const ExpertsArgs& args, bool may_lack, Workspace& workspace) {
     const int64_t pairs = args.tokens * args.num_active, num_experts = static_cast<int64_t>(args.experts->size());
     Routing routing{{}, workspace.take<int32_t>(pairs), workspace.take<int32_t>(pairs)};
     std::vector<int64_t> next(static_cast<size_t>(num_experts) + 1, 0);
     for (int64_t i = 0; i < pairs; ++i) {
         const int64_t expert = args.expert_ids[i];
+        if (may_lack && expert == kNoExpert) continue;
         if (expert < 0 || expert >= num_experts) {
             throw std::out_of_range("expert " + std::to_string(expert) + " of " + std::to_string(num_experts));
         }
@@ -44,7 +51,12 @@ Routing sort_by_expert(const MoeArgs& args, Workspace& workspace) {
         if (next[e + 1] > 0) routing.active.push_back({&(*args.experts)[e], next[e], next[e + 1]});
         next[e + 1] += next[e];
     }
+    routing.num_slots = next.back();
     for (int64_t i = 0; i < pairs; ++i) {
+        if (args.expert_ids[i] == kNoExpert) {
+            routing.slots[i] = -1;
+            continue;
+        }
         const int64_t slot = next[static_cast<size_t>(args.expert_ids[i])]++;
         routing.tokens[slot] = static_cast<int32_t>(i / args.num_active);
         routing.slots[i] = static_cast<int32_t>(slot);
@@ -55,7 +67,7 @@ Routing sort_by_expert(const MoeArgs& args, Workspace& workspace) {
 // Activations of the tokens, made once for all experts that read the same form.
 class TokenOperands {
  public:
-    TokenOperands(const MoeArgs& args, const Routing& routing, Workspace& workspace)
+    TokenOperands(const ExpertsArgs& args, const Routing& routing, Workspace& workspace)
         : args_(args), routing_(routing), workspace_(workspace) {}
 
     Activations get(const Matrix& weight, Operand kind, const Active& expert) {
@@ -86,7 +98,7 @@ class TokenOperands {
         return plan_conversion(weight, kind, args_.x, args_.x_dtype, index, rows, workspace_, &conversions_.back());
     }
 
-    const MoeArgs& args_;
+    const ExpertsArgs& args_;
     const Routing& routing_;
     Workspace& workspace_;
     std::vector<Activations> shared_;
@@ -131,15 +143,12 @@ void run_items(const Execution& execution, const Routing& routing, int64_t panel
     });
 }
 
-}  // namespace
-
-void moe(const Execution& execution, const MoeArgs& args) {
-    Workspace workspace;
-    const Routing routing = sort_by_expert(args, workspace);
-    if (routing.active.empty()) return;
+// What every expert makes of its tokens, before gate weights: [slots, hidden] in the workspace. There is some expert.
+const float* outputs_of(const Execution& execution, const ExpertsArgs& args, const Routing& routing,
+                        Workspace& workspace) {
     const Kernels& kernels = *execution.kernels;
     const Matrix& first = routing.active.front().weights->gate->matrix();
-    const int64_t hidden = first.columns, width = first.rows, slots = args.tokens * args.num_active;
+    const int64_t hidden = first.columns, width = first.rows, slots = routing.num_slots;
 
     // The result of gate and up: float32 [slots, width].
     auto* inner = workspace.take<float>(slots * width);
@@ -178,15 +187,57 @@ void moe(const Execution& execution, const MoeArgs& args) {
     run_conversions(execution, conversions);
     run_items(execution, routing, routing.active.front().weights->down->matrix().num_panels(), down, kernels.product);
 
-    // By tokens and, where a token's row is long, by columns.
-    const int64_t columns = std::min(hidden, std::max<int64_t>(kMinColumns, kElementsPerSum / args.num_active));
-    const int64_t ranges = (hidden + columns - 1) / columns;
-    parallel_for(args.tokens * ranges, execution.num_threads, [&](int64_t item) {
-        const int64_t token = item / ranges, first = item % ranges * columns;
-        kernels.combine({parts, routing.slots, args.gate_weights, args.num_active, hidden, args.out, args.x_dtype,
-                         first, std::min(first + columns, hidden)},
-                        token, token + 1);
+    return parts;
+}
+
+// By tokens and, where a token's row is long, by columns.
+void add_up(const Execution& execution, const CombineArgs& args, int64_t tokens) {
+    const int64_t columns = std::min(args.hidden, std::max<int64_t>(kMinColumns, kElementsPerSum / args.num_active));
+    const int64_t ranges = (args.hidden + columns - 1) / columns;
+    parallel_for(tokens * ranges, execution.num_threads, [&](int64_t item) {
+        const int64_t token = item / ranges;
+        CombineArgs part = args;
+        part.first_column = item % ranges * columns;
+        part.end_column = std::min(part.first_column + columns, args.hidden);
+        execution.kernels->combine(part, token, token + 1);
     });
+}
+
+}  // namespace
+
+void moe(const Execution& execution, const MoeArgs& args) {
+    Workspace workspace;
+    const Routing routing = sort_by_expert(args, false, workspace);
+    if (routing.active.empty()) return;
+    const float* parts = outputs_of(execution, args, routing, workspace);
+    const int64_t hidden = args.experts->front().gate->matrix().columns;
+    add_up(execution, {parts, routing.slots, args.gate_weights, args.num_active, hidden, args.out, args.x_dtype, 0, 0},
+           args.tokens);
+}
+
+void expert_outputs(const Execution& execution, const ExpertsArgs& args, float* out) {
+    Workspace workspace;
+    const Routing routing = sort_by_expert(args, true, workspace);
+    if (routing.active.empty()) return;
+    const float* parts = outputs_of(execution, args, routing, workspace);
+    const int64_t hidden = args.experts->front().gate->matrix().columns, pairs = args.tokens * args.num_active;
+    parallel_ranges(pairs, std::max<int64_t>(1, kElementsPerCopy / hidden), execution.num_threads,
+                    [&](int64_t begin, int64_t end) {
+                        for (int64_t pair = begin; pair < end; ++pair) {
+                            const int64_t slot = routing.slots[pair];
+                            if (slot < 0) continue;
+                            std::memcpy(out + pair * hidden, parts + slot * hidden,
+                                        static_cast<size_t>(hidden) * sizeof(float));
+                        }
+                    });
+}
+
+void weighted_sum(const Execution& execution, const float* outputs, const float* gate_weights, int64_t tokens,
+                  int64_t num_active, int64_t hidden, void* out, DType out_dtype) {
+    Workspace workspace;
+    auto* slots = workspace.take<int32_t>(tokens * num_active);
+    std::iota(slots, slots + tokens * num_active, 0);
+    add_up(execution, {outputs, slots, gate_weights, num_active, hidden, out, out_dtype, 0, 0}, tokens);
 }
 
 }  // namespace amalgam

@@ -225,7 +225,7 @@ class Step {
         if (!mix.weighs) ones.assign(static_cast<size_t>(tokens_ * k), 1.0f);
         const float* weights = mix.weighs ? gate_weights(mix.route) : ones.data();
         moe(execution_,
-            {mix.experts, at(mix.x), args_.dtype, tokens_, ids(mix.route), weights, k, mix.gating, at(mix.out)});
+            {{mix.experts, at(mix.x), args_.dtype, tokens_, ids(mix.route), k, mix.gating}, weights, at(mix.out)});
     }
 
     void operator()(const WeighInput& weigh) {
