@@ -19,7 +19,7 @@ import numpy.typing as npt
 from amalgam.composition.progress import Progress
 from amalgam.config.names import CURRENT
 from amalgam.config.reading import load_settings
-from amalgam.config.settings import Rule, build_rules
+from amalgam.config.settings import PlacementLike, Rule, build_rules
 from amalgam.engine.core import Engine
 from amalgam.engine.params import SamplingParams
 from amalgam.engine.request import Generation, Observation, Pooling, RequestOutput
@@ -291,19 +291,20 @@ class LLM:
         return None if weights is None else self._deployment.version_for(weights)
 
     def update_weight_mapping(
-        self, mapping: Mapping[str, str | None], *, name: str | None = None, progress: Progress | None = None
+        self, mapping: Mapping[str, PlacementLike | None], *, name: str | None = None, progress: Progress | None = None
     ) -> RemapResult:
         """Change where weights come from; requests in flight finish on what they started with.
 
         Args:
-            mapping: name or pattern → source, added to the rules in use; None removes a rule.
+            mapping: name or pattern → source, or {"source": …, "device": …}, added to the rules in use; None removes
+                a rule.
             name: of a version beside the current one, which requests get with `weights=name`; None: all get it.
             progress: called while weights are read; what it raises ends the change, and nothing has changed.
         """
         return self._deployment.change(ChangeRequest(mapping=mapping, name=name), progress)
 
     def set_weight_mapping(
-        self, mapping: Mapping[str, str], *, name: str | None = None, progress: Progress | None = None
+        self, mapping: Mapping[str, PlacementLike], *, name: str | None = None, progress: Progress | None = None
     ) -> RemapResult:
         """The same with the whole set of rules, in place of those in use; `{}`: all from the default source."""
         return self._deployment.change(ChangeRequest(rules=build_rules(mapping), name=name), progress)
@@ -325,9 +326,9 @@ class LLM:
 
     def plan_update(
         self,
-        mapping: Mapping[str, str | None] | None = None,
+        mapping: Mapping[str, PlacementLike | None] | None = None,
         *,
-        rules: Mapping[str, str] | Iterable[Rule] | None = None,
+        rules: Mapping[str, PlacementLike] | Iterable[Rule] | None = None,
         reload: bool = False,
         version: str | int | None = None,
         name: str | None = None,
@@ -350,9 +351,9 @@ class LLM:
 
     def start_update(
         self,
-        mapping: Mapping[str, str | None] | None = None,
+        mapping: Mapping[str, PlacementLike | None] | None = None,
         *,
-        rules: Mapping[str, str] | Iterable[Rule] | None = None,
+        rules: Mapping[str, PlacementLike] | Iterable[Rule] | None = None,
         reload: bool = False,
         version: str | int | None = None,
         name: str | None = None,
@@ -461,8 +462,8 @@ class LLM:
 
 
 def _asked(
-    mapping: Mapping[str, str | None] | None,
-    rules: Mapping[str, str] | Iterable[Rule] | None,
+    mapping: Mapping[str, PlacementLike | None] | None,
+    rules: Mapping[str, PlacementLike] | Iterable[Rule] | None,
     version: str | int | None,
     name: str | None,
     *,

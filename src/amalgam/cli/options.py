@@ -11,6 +11,7 @@ from typing import Annotated, Any, get_type_hints
 import typer
 
 from amalgam.base.heap import share_one_heap
+from amalgam.cli.rules import read_rule
 from amalgam.config.environment import let_threads_sleep
 from amalgam.config.keys import SettingInfo, all_settings
 from amalgam.config.reading import read_settings
@@ -62,7 +63,7 @@ def with_settings(
     shown: Collection[str] = (),
     takes_others: bool = False,
 ) -> Callable[..., Any]:
-    """Give a verb `--config`, `--source`, `--map` and a flag for every setting; it receives `settings: Settings`.
+    """Give a verb `--config`, `--source`, `--map`, `--device` and a flag for every setting; it receives `settings: Settings`.
 
     One that has a parameter `origins` also receives where each setting that was given comes from, one that has
     `config_file` the file that was named, or None, and one that has `read_again` a function that reads the same anew.
@@ -75,7 +76,7 @@ def with_settings(
     """
     if function is None:
         return functools.partial(with_settings, needs_model=needs_model, shown=shown, takes_others=takes_others)
-    # Mappings have no flag of their own: --source and --map build them.
+    # Mappings have no flag of their own: --source, --map and --device build them.
     flags = {info.key.replace(".", "_"): info for info in all_settings() if not info.is_structured}
     own = [p for p in inspect.signature(function).parameters.values() if p.name not in _GIVEN]
     wanted = _GIVEN & inspect.signature(function).parameters.keys()
@@ -89,7 +90,8 @@ def with_settings(
             config,
             {flags[name].key: flags[name].read(text) for name, text in texts.items()},
             sources=dict(_source(item) for item in arguments.pop("source")),
-            rules=[_rule(item) for item in arguments.pop("map_")],
+            rules=[read_rule(item) for item in arguments.pop("map_")],
+            devices=dict(_device(item) for item in arguments.pop("device")),
             needs_model=needs_model or config is not None,
         )
         read = read_all()
@@ -106,9 +108,20 @@ def with_settings(
     hints: dict[str, Any] = {
         "config": Annotated[Path | None, typer.Option("--config", "-c", help="Configuration file (YAML).")],
         "source": Annotated[list[str], typer.Option("--source", help="Declare a source: NAME=FOLDER. Repeatable.")],
-        "map_": Annotated[list[str], typer.Option("--map", help="Add a rule: PATTERN=SOURCE. Repeatable.")],
+        "map_": Annotated[
+            list[str],
+            typer.Option(
+                "--map", help="Add a rule: PATTERN=SOURCE, PATTERN=SOURCE@DEVICE, PATTERN=@DEVICE. Repeatable."
+            ),
+        ],
+        "device": Annotated[
+            list[str],
+            typer.Option(
+                "--device", help="Name a device for experts, with its memory or without: cuda=24GB. Repeatable."
+            ),
+        ],
     }
-    defaults: dict[str, Any] = {"config": None, "source": [], "map_": []}
+    defaults: dict[str, Any] = {"config": None, "source": [], "map_": [], "device": []}
     for name, info in flags.items():
         is_shown = info.key in ("model.base_path", *shown)
         hints[name] = Annotated[str | None, _option(info, OTHERS.get(info.key, ()) if takes_others else (), is_shown)]
@@ -138,11 +151,9 @@ def _source(text: str) -> tuple[str, str]:
     return name, path
 
 
-def _rule(text: str) -> dict[str, str]:
-    pattern, equals, source = text.rpartition("=")
-    if not (pattern and equals and source):
-        raise ConfigError(f"--map is {text!r}.", remedy="Expected PATTERN=SOURCE.")
-    return {"pattern": pattern, "source": source}
+def _device(text: str) -> tuple[str, str]:
+    name, _, memory = text.partition("=")
+    return name, memory
 
 
 def refuse_unused(given: Mapping[str, Any], partner: str, remedy: str) -> None:

@@ -253,6 +253,8 @@ def _explain(explanation: Any, as_json: bool) -> None:
                 "why": explanation.why,
                 "matching_rules": [rule.model_dump() for rule in explanation.matching],
                 "default_source": explanation.default_source,
+                "device": choice.device,
+                "placing_rules": [rule.model_dump() for rule in explanation.placing],
             }
         )
         return
@@ -260,6 +262,8 @@ def _explain(explanation: Any, as_json: bool) -> None:
     for rank, rule in enumerate(explanation.matching, 1):
         mark = "wins" if rank == 1 else "loses"
         say(f"  {rank}. {rule.pattern} → {rule.source}  ({mark})")
+    if choice.device is not None:
+        say(f"It lies on {choice.device}: {explanation.placing[0].pattern!r} is the strongest rule that says a device.")
 
 
 def _rows(planned: Any) -> list[dict[str, Any]]:
@@ -270,6 +274,7 @@ def _rows(planned: Any) -> list[dict[str, Any]]:
             "format": (weight.quantize_to or weight.stored.format).name,
             "shape": list(weight.slot.shape),
             "bytes": weight.stored.nbytes,
+            "device": weight.device,
             "reason": weight.choice.reason,
             "rule": weight.choice.rule and weight.choice.rule.model_dump(),
         }

@@ -157,16 +157,15 @@ def _body(
         return body | {"rollback": True}
     if to is not None:
         return body | {"version": to}
-    mapping: dict[str, str | None] = {}
+    from amalgam.cli.rules import read_rule
+
+    mapping: dict[str, Any] = {}
     for text in rules:
-        pattern, equals, source = text.rpartition("=")
-        if not (pattern and equals and source):
-            raise ConfigError(
-                f"The rule is {text!r}.", remedy="Expected PATTERN=SOURCE, such as 'model.layers.3.*=fp8'."
-            )
+        rule = read_rule(text, "The rule")
+        pattern = rule.pop("pattern")
         if pattern in mapping:
             raise ConfigError(f"{pattern!r} is given twice.", remedy="Name one source for it.")
-        mapping[pattern] = source
+        mapping[pattern] = rule if "device" in rule else rule["source"]
     for pattern in remove:
         if pattern in mapping:
             raise ConfigError(f"{pattern!r} is given or removed already.", remedy="Do one of them, once.")

@@ -20,7 +20,7 @@ from amalgam.cluster.interface import Counted, Description
 from amalgam.cluster.members import Members
 from amalgam.cluster.merging import Ledger, added, merge_statuses
 from amalgam.cluster.routing import Routing
-from amalgam.config.settings import Rule, Settings
+from amalgam.config.settings import PlacementLike, Rule, Settings
 from amalgam.engine.generation_config import ModelDefaults
 from amalgam.engine.meter import Meter, Reading
 from amalgam.engine.request import EngineStatus
@@ -137,7 +137,7 @@ class ClusterDeployment:
     def rollback(self, version: str | int | None = None) -> RemapResult:
         return self._coordinator.rollback(version)
 
-    def update_weight_mapping(self, mapping: Mapping[str, str | None]) -> RemapResult:
+    def update_weight_mapping(self, mapping: Mapping[str, PlacementLike | None]) -> RemapResult:
         return self.change(ChangeRequest(mapping=dict(mapping)))
 
     def undo_weight_mapping(self, version_id: int) -> RemapResult:

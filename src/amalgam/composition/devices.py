@@ -130,6 +130,14 @@ class Devices:
 
     # --- Room ---
 
+    def shares_memory(self, device: str | None) -> bool:
+        """Whether a device's memory is that of the one that the model runs on."""
+        return device is None or torch_device(device) == self._device
+
+    def has_limit(self, device: str) -> bool:
+        """Whether there is less room for weights than memory."""
+        return self._limits.get(device) is not None
+
     def check_there(self, planned: Iterable[PlannedWeight]) -> None:
         """
         Raises:
@@ -178,7 +186,7 @@ class Devices:
             OutOfMemoryError: a device has too little left for them. The primary one is looked at if it has a limit.
         """
         for device, nbytes in needed.items():
-            if device is None and self._limits.get(self.primary) is None:
+            if device is None and not self.has_limit(self.primary):
                 continue
             room = self.room(device)
             if nbytes > room.available_bytes:

@@ -52,6 +52,7 @@ def read_settings(
     *,
     sources: Mapping[str, str] | None = None,
     rules: Sequence[Mapping[str, str]] = (),
+    devices: Mapping[str, str] | None = None,
     needs_model: bool = True,
     environ: Mapping[str, str] | None = None,
 ) -> ReadSettings:
@@ -60,6 +61,7 @@ def read_settings(
     Args:
         sources: are declared beside those of the file and in place of those that have the same names there.
         rules: come after those of the file.
+        devices: memory by name, beside and in place of those of the file.
         needs_model: False leaves `model.base_path` empty where nobody gives it.
     """
     data: dict[str, Any] = {}
@@ -84,6 +86,10 @@ def read_settings(
         mixed = _section(data, _MIXED)
         mixed["rules"] = [*(mixed.get("rules") or ()), *rules]
         origins[f"{_MIXED}.rules"] = "flag"
+    if devices:
+        inference = _section(data, "inference")
+        inference["devices"] = {**(inference.get("devices") or {}), **devices}
+        origins["inference.devices"] = "flag"
     if not needs_model:
         _section(data, "model").setdefault("base_path", "")
     return ReadSettings(build_settings(data, origins), origins)

@@ -6,7 +6,7 @@ In: a nested mapping. Out: one immutable `Settings`. The command line's flags, `
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Annotated, Any, Literal
 
 from pydantic import (
@@ -58,6 +58,12 @@ class Placement(Section):
             raise ValueError("neither a source nor a device is given. Expected a source's name, or {source, device}")
         return self
 
+    def over(self, earlier: Placement | None) -> Placement:
+        """What holds if both are said, one after the other."""
+        if earlier is None:
+            return Placement(source=self.source, device=self.device)
+        return Placement(source=self.source or earlier.source, device=self.device or earlier.device)
+
     @model_serializer(mode="plain")
     def _as_written(self) -> Any:
         """As short as people write it."""
@@ -69,11 +75,6 @@ class Rule(Placement):
 
     pattern: Pattern
     """Logical weight name, or a pattern: `*`, `?`, `[abc]`, `{a,b}` and `{0-15}`."""
-
-    @property
-    def placement(self) -> Placement:
-        """What it says of the weights that it matches."""
-        return Placement(source=self.source, device=self.device)
 
     @model_serializer(mode="plain")
     def _as_written(self) -> Any:
@@ -87,6 +88,8 @@ def _source_alone(value: Any) -> Any:
 
 PlacementValue = Annotated[Placement, BeforeValidator(_source_alone)]
 """A source's name, or a `Placement`."""
+PlacementLike = str | Placement | Mapping[str, Any]
+"""The same, as callers give it."""
 
 
 class DerivedSource(Section):
@@ -484,7 +487,7 @@ def build_settings(data: Mapping[str, Any], origins: Mapping[str, str] | None = 
         raise ConfigError("Configuration is invalid:\n" + "\n".join(_explain(error, origins or {}))) from None
 
 
-def build_rules(mapping: Mapping[str, str | Placement | Mapping[str, Any]]) -> tuple[Rule, ...]:
+def build_rules(mapping: Mapping[str, PlacementLike]) -> tuple[Rule, ...]:
     """Rules from name or pattern → source or placement, in order.
 
     Raises:
@@ -496,7 +499,12 @@ def build_rules(mapping: Mapping[str, str | Placement | Mapping[str, Any]]) -> t
         raise ConfigError("weight_mapping is invalid:\n" + "\n".join(_explain(error))) from None
 
 
-def _rule(pattern: str, value: str | Placement | Mapping[str, Any]) -> Rule:
+def placing(rules: Iterable[Rule]) -> tuple[Rule, ...]:
+    """What rules say of devices, without the sources."""
+    return tuple(Rule(pattern=rule.pattern, device=rule.device) for rule in rules if rule.device is not None)
+
+
+def _rule(pattern: str, value: PlacementLike) -> Rule:
     if isinstance(value, Placement):
         return Rule(pattern=pattern, source=value.source, device=value.device)
     return Rule.model_validate(

@@ -49,6 +49,7 @@ from amalgam.engine.scheduler import Scheduler
 from amalgam.engine.speculation.speculator import Speculator
 from amalgam.engine.states import StatePool
 from amalgam.errors import LostWeightsError, UnavailableError, UnsupportedError, describe
+from amalgam.kernels.backends.split.traffic import Traffic
 from amalgam.models.decoder import Decoder
 from amalgam.models.routing import RoutingObserver
 from amalgam.models.weights import WeightVersion
@@ -321,6 +322,11 @@ class Engine(Asking):
     def kernels(self) -> dict[str, str]:
         """Instruction of a step → what runs it, with the newest version."""
         return self._runner.kernels(self.version)
+
+    @property
+    def traffic(self) -> Mapping[str, Traffic]:
+        """What went to each other device that experts lie on, and came back; by name."""
+        return self._runner.traffic
 
     @property
     def kv_cache_bytes(self) -> int:

@@ -15,6 +15,7 @@ from amalgam.engine.memory import STATES_PER_SEQUENCE, available_bytes
 from amalgam.engine.request import ScheduledRequest, StepPlan, StepResult
 from amalgam.engine.sampler import sample
 from amalgam.errors import ConfigError
+from amalgam.kernels.backends.split.traffic import Traffic
 from amalgam.kernels.step import SequenceState, StepContext, StepSequence
 from amalgam.models.decoder import Decoder
 from amalgam.models.kv_cache import KVCache, kv_type
@@ -74,6 +75,11 @@ class Runner:
     @property
     def observer(self) -> RoutingObserver | None:
         return self._observer
+
+    @property
+    def traffic(self) -> Mapping[str, Traffic]:
+        """What went to each other device that experts lie on, and came back."""
+        return self._decoder.traffic
 
     def prepare(self, version: WeightVersion) -> None:
         """Make a version ready to run, so that its first step takes no longer than others. In any thread."""

@@ -23,7 +23,7 @@ from amalgam.base.threads import EXIT_SECONDS, StoppableThread
 from amalgam.composition.loader import LoadedVersion, ModelLoader
 from amalgam.composition.planned import PlannedWeight
 from amalgam.config.environment import state_folder
-from amalgam.config.settings import BASE_SOURCE, AutoplanSettings, Rule, Settings, build_rules
+from amalgam.config.settings import BASE_SOURCE, AutoplanSettings, Rule, Settings, build_rules, placing
 from amalgam.engine.core import Engine
 from amalgam.engine.request import Request, RequestOutput
 from amalgam.engine.speculation.draft import DraftProposer
@@ -331,7 +331,7 @@ class Autoplan:
         limits: Limits,
     ) -> Verdict:
         loader, problem = self._deployment.loader, self._proposer.problem
-        rules = build_rules(rules_of(loader, problem, candidate.choice))
+        rules = (*build_rules(rules_of(loader, problem, candidate.choice)), *placing(self._deployment.rules))
         throttle = Throttle(self.settings.max_share, self._check, self._is_closing.wait)
         loaded = loader.build(loader.plan(rules), self._deployment.versions.next_id(), version, throttle)
         shadowed = self._shadow(loader, version, loaded.version, reference, windows, throttle)

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence, Sized
 from dataclasses import dataclass, field, replace
 
 from amalgam.base.clock import Clock
-from amalgam.config.settings import Rule, build_rules
+from amalgam.config.settings import Placement, PlacementLike, Rule, build_rules
 from amalgam.errors import CancelledError, PlanError, RequestError, UnavailableError, describe
 
 MAX_REMAPS = 256  # that are remembered
@@ -25,8 +25,8 @@ class ChangeRequest:
     """What a change of the weights asks for: a mapping, a whole set of rules, the files as they are now, or a version.
 
     Attributes:
-        mapping: pattern → source: rules that are added to the current ones, or replace those of the same patterns; None
-            instead of a source removes the rule.
+        mapping: pattern → source or placement: rules that are added to the current ones, or replace those of the same
+            patterns; None removes the rule.
         rules: all that hold from now on.
         is_reload: the current rules, of the files as they are now.
         version: to go back to, by name or id: itself if it is still in memory, otherwise what its rules give now.
@@ -38,7 +38,7 @@ class ChangeRequest:
         RequestError: not exactly one of the four is asked for.
     """
 
-    mapping: Mapping[str, str | None] | None = None
+    mapping: Mapping[str, PlacementLike | None] | None = None
     rules: tuple[Rule, ...] | None = None
     is_reload: bool = False
     version: str | int | None = None
@@ -93,20 +93,26 @@ def counted(things: Sized, noun: str) -> str:
     return f"{len(things):,} {noun}{'' if len(things) == 1 else 's'}"
 
 
-def merged(rules: tuple[Rule, ...], mapping: Mapping[str, str | None]) -> tuple[Rule, ...]:
+def merged(rules: tuple[Rule, ...], mapping: Mapping[str, PlacementLike | None]) -> tuple[Rule, ...]:
     """Rules with those of a mapping behind them, in place of those of the same patterns; None removes.
+
+    Of a source and a device, what a new rule does not say stays as the old one says it.
 
     Raises:
         PlanError: the mapping is empty, or there is no rule to remove.
     """
     if not mapping:
         raise PlanError("weight_mapping is empty.", remedy="Give at least one name or pattern and its source.")
-    known = {rule.pattern for rule in rules}
-    for pattern, source in mapping.items():
-        if source is None and pattern not in known:
+    known: dict[str, Placement] = {}
+    for rule in rules:
+        if rule.pattern in mapping:
+            known[rule.pattern] = rule.over(known.get(rule.pattern))
+    for pattern, value in mapping.items():
+        if value is None and pattern not in known:
             raise PlanError(f"There is no rule {describe(pattern)} to remove.", remedy="GET /weights tells the rules.")
-    added = build_rules({pattern: source for pattern, source in mapping.items() if source is not None})
-    return (*(rule for rule in rules if rule.pattern not in mapping), *added)
+    added = build_rules({pattern: value for pattern, value in mapping.items() if value is not None})
+    whole = build_rules({rule.pattern: rule.over(known.get(rule.pattern)) for rule in added})
+    return (*(rule for rule in rules if rule.pattern not in mapping), *whole)
 
 
 def reason_of(error: BaseException) -> str:
@@ -122,7 +128,11 @@ def code_of(error: BaseException) -> str:
 
 @dataclass(frozen=True)
 class WeightChange:
-    """One weight whose origin differs between two versions."""
+    """One weight whose origin, or whose device, differs between two versions.
+
+    Attributes:
+        device_before, device_after: None: with the rest of the model.
+    """
 
     name: str
     source_before: str
@@ -131,6 +141,8 @@ class WeightChange:
     format_after: str
     bytes_before: int
     bytes_after: int
+    device_before: str | None = None
+    device_after: str | None = None
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ from amalgam.base.threads import StoppableThread
 from amalgam.composition.loader import LoadedVersion, ModelLoader
 from amalgam.composition.manifest import plan_manifest
 from amalgam.composition.progress import Progress
-from amalgam.config.settings import Rule, Settings
+from amalgam.config.settings import PlacementLike, Rule, Settings
 from amalgam.engine.core import Engine
 from amalgam.engine.generation_config import ModelDefaults
 from amalgam.engine.probation import FailedVersion
@@ -232,7 +232,7 @@ class Deployment:
         """
         return self.jobs.start("rollback", "back to the version before", self.rollback)
 
-    def update_weight_mapping(self, mapping: Mapping[str, str | None]) -> RemapResult:
+    def update_weight_mapping(self, mapping: Mapping[str, PlacementLike | None]) -> RemapResult:
         """Add rules (name or pattern → source), build a new version and let new requests start on it.
 
         A rule for a pattern that has one already replaces it; None removes it. Otherwise as `change`.
@@ -336,7 +336,7 @@ class Deployment:
         Raises:
             RequestError: the model has no such expert.
         """
-        projections = describe_projections(self.version, layer_id, expert_id)
+        projections = describe_projections(self.version, layer_id, expert_id, self.loader.devices.primary)
         return {
             "layer_id": layer_id,
             "expert_id": expert_id,
@@ -358,7 +358,7 @@ class Deployment:
         served = self._served
         version = served.version
         document = self._digested(served) if sha256 else manifest(version.fingerprint, version.origins)
-        return describe_manifest(version, document)
+        return describe_manifest(version, document, served.loader.devices.primary)
 
     def _digested(self, served: ServedWeights) -> dict[str, Any]:
         if not self._hashing.acquire(blocking=False):

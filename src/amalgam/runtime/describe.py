@@ -7,8 +7,10 @@ and what an expert is made of. Must never know: who asks.
 from __future__ import annotations
 
 import math
+import re
 from collections import Counter, defaultdict
 from collections.abc import Sequence
+from dataclasses import asdict
 from typing import Any
 
 import torch
@@ -21,10 +23,13 @@ from amalgam.engine.speculation.draft import DraftProposer
 from amalgam.engine.speculation.speculator import Speculator
 from amalgam.errors import RequestError
 from amalgam.experts.precision_map import PROJECTIONS
+from amalgam.kernels.backends.split.traffic import Traffic
 from amalgam.models.weights import WeightVersion
 from amalgam.runtime.preview import Contents
 from amalgam.runtime.served import ServedWeights
 from amalgam.runtime.versions import LiveVersion, VersionState
+
+_EXPERT = re.compile(r"layers\.\d+\.mlp\.experts\.\d+\.down")  # one weight of each
 
 
 def describe_versions(live: Sequence[LiveVersion]) -> list[dict[str, Any]]:
@@ -41,6 +46,7 @@ def describe_versions(live: Sequence[LiveVersion]) -> list[dict[str, Any]]:
             "bytes": one.version.nbytes,
             "own_bytes": sum(weight.nbytes for weight in one.version.weights if holders[id(weight)] == 1),
             "bytes_by_format": Contents.of(one.version).bytes_by_format,
+            "bytes_by_device": Contents.of(one.version).bytes_by_device(one.served.loader.devices.primary),
             "created": one.served.created_at,
             "age_seconds": one.age_seconds,
             "requests": one.num_requests,
@@ -98,7 +104,8 @@ def describe_model(
             "process_peak_bytes": peak_memory_bytes(),
         },
         "kv_blocks": {"total": status.num_blocks, "free": status.num_free_blocks},
-        "device": str(loader.device),
+        "device": loader.devices.primary,
+        "devices": describe_devices(served, engine),
         "dtype": settings.inference.dtype,
         "activation": loader.activation if multiplies_integers(settings.inference.dtype, loader.device) else None,
         "kv_dtype": settings.inference.dtype if settings.engine.kv_dtype == "auto" else settings.engine.kv_dtype,
@@ -107,6 +114,33 @@ def describe_model(
         "speculation": None if engine.speculator is None else describe_speculation(engine.speculator, version),
         "load_seconds": round(load_seconds, 3),
     }
+
+
+def describe_devices(served: ServedWeights, engine: Engine) -> dict[str, Any]:
+    """Each device that weights may lie on: what of the version is there, and how much went to and fro.
+
+    `experts` are counted in every layer. What weights take counts all versions in memory.
+    """
+    version, devices = served.version, served.loader.devices
+    primary = devices.primary
+    experts = Counter(version.devices.get(slot) for slot in version.keys if _EXPERT.fullmatch(slot))
+    sizes = Contents.of(version).bytes_by_device(primary)
+    uploaded, traffic = devices.uploaded_bytes, engine.traffic
+    found: dict[str, Any] = {}
+    for name in dict.fromkeys((*devices.names, *sizes)):
+        other = None if name == primary else name
+        room = devices.room(other)
+        found[name] = {
+            "bytes": sizes.get(name, 0),
+            "experts": experts[other],
+            "used_bytes": room.used_bytes,
+            "limit_bytes": room.limit_bytes,
+            "available_bytes": room.available_bytes,
+        }
+        if other is not None:
+            moved = traffic.get(name, Traffic())
+            found[name] |= {"uploaded_bytes": uploaded.get(name, 0), **asdict(moved)}
+    return found
 
 
 def multiplies_integers(dtype: str, device: torch.device) -> bool:
@@ -147,15 +181,23 @@ def describe_speculation(speculator: Speculator, version: WeightVersion) -> dict
     }
 
 
-def describe_manifest(version: WeightVersion, document: dict[str, Any]) -> dict[str, Any]:
-    """A provenance manifest of `version`, with the layout that each weight has in memory."""
+def describe_manifest(version: WeightVersion, document: dict[str, Any], primary: str) -> dict[str, Any]:
+    """A provenance manifest of `version`, with the layout that each weight has in memory, and the device it lies on.
+
+    Args:
+        primary: name of the device that the model runs on.
+    """
     for weight in document["weights"]:
         weight["layout"] = version[weight["slot"]].layout.name
+        weight["device"] = weight["device"] or primary
     return {"version": version.version_id, **document}
 
 
-def describe_projections(version: WeightVersion, layer_id: int, expert_id: int) -> list[dict[str, Any]]:
-    """Where each projection of one expert comes from, and what it takes.
+def describe_projections(version: WeightVersion, layer_id: int, expert_id: int, primary: str) -> list[dict[str, Any]]:
+    """Where each projection of one expert comes from, where it lies, and what it takes.
+
+    Args:
+        primary: name of the device that the model runs on.
 
     Raises:
         RequestError: the model has no such expert.
@@ -173,6 +215,7 @@ def describe_projections(version: WeightVersion, layer_id: int, expert_id: int) 
             "source": origin.source,
             "format": origin.format,
             "reason": origin.rule,
+            "device": origin.device or primary,
             "bytes": version[origin.slot].nbytes,
             "bits": version[origin.slot].nbytes * 8 / math.prod(origin.shape),
         }

@@ -8,12 +8,12 @@ from amalgam.errors import ConfigError
 
 
 def choose_device(device_map: str) -> torch.device:
-    """`auto` takes CUDA if there is one.
+    """`auto` takes CUDA if there is one. A stand-in for a card computes on the processors.
 
     Raises:
         ConfigError: the asked-for CUDA device does not exist.
     """
-    if device_map == "cpu" or (device_map == "auto" and not torch.cuda.is_available()):
+    if device_map.startswith("cpu") or (device_map == "auto" and not torch.cuda.is_available()):
         return torch.device("cpu")
     index = int(device_map.partition(":")[2] or 0)
     if not torch.cuda.is_available() or index >= torch.cuda.device_count():

@@ -109,15 +109,21 @@ def _first_plan(
     settings: Settings, loader: ModelLoader, history: HistoryFile | None
 ) -> tuple[tuple[Rule, ...], list[PlannedWeight]]:
     """The rules to begin with: the last ones in use where that is wanted and they can still be fulfilled."""
+
+    def plan(rules: tuple[Rule, ...]) -> tuple[tuple[Rule, ...], list[PlannedWeight]]:
+        planned = loader.plan(rules)
+        loader.devices.check_there(planned)
+        return rules, planned
+
     configured = settings.model.mixed_precision.all_rules
     last = history.last_rules if history is not None and settings.weights.resume else None
     if last is None or last == configured:
-        return configured, loader.plan(configured)
+        return plan(configured)
     try:
-        return last, loader.plan(last)
+        return plan(last)
     except AmalgamError as error:
         logger.warning("weights.resume: the last rules cannot be fulfilled, the configured ones hold: %s", error)
-        return configured, loader.plan(configured)
+        return plan(configured)
 
 
 def _open_tracker(settings: Settings, spec: ModelSpec) -> ExpertTracker | None:

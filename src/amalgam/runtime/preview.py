@@ -7,11 +7,12 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Self
 
 import torch
 
+from amalgam.composition.devices import Devices
 from amalgam.composition.loader import ModelLoader
 from amalgam.composition.planned import PlannedWeight
 from amalgam.config.settings import Rule
@@ -57,6 +58,16 @@ class Contents:
             found[origin.format] += self.sizes[slot]
         return dict(found)
 
+    def bytes_by_device(self, primary: str) -> dict[str, int]:
+        """
+        Args:
+            primary: name of the device that the model runs on; it comes first.
+        """
+        found = Counter({primary: 0})
+        for slot, origin in self.origins.items():
+            found[origin.device or primary] += self.sizes[slot]
+        return dict(found)
+
 
 def changed_weights(before: Contents, after: Contents) -> list[WeightChange]:
     """The weights of `after` that are not those of `before`."""
@@ -69,6 +80,8 @@ def changed_weights(before: Contents, after: Contents) -> list[WeightChange]:
             after.origins[slot].format,
             before.sizes[slot],
             after.sizes[slot],
+            before.origins[slot].device,
+            after.origins[slot].device,
         )
         for slot in after.keys
         if after.keys[slot] != before.keys[slot]
@@ -112,6 +125,8 @@ class Load:
         memory_bytes: that they have in memory, pages of the packed cache too.
         new_bytes: of memory that they would take; pages of the packed cache are none.
         peak_bytes: of memory that would be taken at most while they are loaded.
+        new_by_device: new bytes by device; None: the one that the model runs on. `new_bytes` and `peak_bytes` are of
+            its memory.
     """
 
     num_weights: int = 0
@@ -119,6 +134,7 @@ class Load:
     memory_bytes: int = 0
     new_bytes: int = 0
     peak_bytes: int = 0
+    new_by_device: Mapping[str | None, int] = field(default_factory=dict)
 
     @classmethod
     def of(cls, missing: Sequence[PlannedWeight], loader: ModelLoader, num_threads: int) -> Self:
@@ -126,7 +142,8 @@ class Load:
         Args:
             num_threads: that load at a time.
         """
-        new_bytes = sum(weight.memory_bytes for weight in missing if not loader.maps(weight.format))
+        by_device = loader.new_bytes(missing)
+        new_bytes = sum(nbytes for device, nbytes in by_device.items() if loader.devices.shares_memory(device))
         beside = sorted((_bytes_beside(weight) for weight in missing), reverse=True)[:num_threads]
         return cls(
             num_weights=len(missing),
@@ -134,6 +151,7 @@ class Load:
             memory_bytes=sum(weight.memory_bytes for weight in missing),
             new_bytes=new_bytes,
             peak_bytes=new_bytes + sum(beside),
+            new_by_device=by_device,
         )
 
     def check_room(self, available: int) -> None:
@@ -153,6 +171,22 @@ class Load:
 
 
 @dataclass(frozen=True)
+class DevicePlan:
+    """What a version would take of one device; see `DeviceRoom`.
+
+    Attributes:
+        bytes: of its weights there.
+        new_bytes: of those that have to be brought there.
+    """
+
+    bytes: int
+    new_bytes: int
+    used_bytes: int
+    limit_bytes: int | None
+    available_bytes: int
+
+
+@dataclass(frozen=True)
 class ChangePlan:
     """A change of the weights as it would be made now.
 
@@ -165,6 +199,7 @@ class ChangePlan:
         shared_bytes: of those that are there already.
         available_bytes: of memory that can be taken.
         seconds: that it would take, as fast as weights were loaded the last time.
+        devices: by name; empty: all is on one, without a limit.
     """
 
     rules: tuple[Rule, ...]
@@ -176,6 +211,7 @@ class ChangePlan:
     shared_bytes: int
     available_bytes: int
     seconds: float
+    devices: Mapping[str, DevicePlan] = field(default_factory=dict)
 
     @property
     def fingerprint(self) -> str:
@@ -183,7 +219,22 @@ class ChangePlan:
 
     @property
     def has_room(self) -> bool:
-        return self.load.peak_bytes <= self.available_bytes
+        is_in_devices = all(device.new_bytes <= device.available_bytes for device in self.devices.values())
+        return is_in_devices and self.load.peak_bytes <= self.available_bytes
+
+
+def device_plans(contents: Contents, load: Load, devices: Devices) -> dict[str, DevicePlan]:
+    """By device, where there are several or the only one has a limit."""
+    sizes, primary = contents.bytes_by_device(devices.primary), devices.primary
+    names = list(dict.fromkeys((*devices.names, *sizes)))
+    if len(names) == 1 and not devices.has_limit(primary):
+        return {}
+    found = {}
+    for name in names:
+        other = None if name == primary else name
+        room, new_bytes = devices.room(other), load.new_by_device.get(other, 0)
+        found[name] = DevicePlan(sizes.get(name, 0), new_bytes, room.used_bytes, room.limit_bytes, room.available_bytes)
+    return found
 
 
 def _bytes_beside(weight: PlannedWeight) -> int:

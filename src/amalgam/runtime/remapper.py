@@ -19,7 +19,15 @@ from amalgam.engine.memory import available_bytes
 from amalgam.errors import ConflictError, VersionNotFoundError
 from amalgam.runtime.changes import ChangeRequest, RemapLog, RemapResult
 from amalgam.runtime.jobs import Job, Jobs, status_of_record
-from amalgam.runtime.preview import ChangePlan, Contents, Difference, Load, Prepared, changed_weights
+from amalgam.runtime.preview import (
+    ChangePlan,
+    Contents,
+    Difference,
+    Load,
+    Prepared,
+    changed_weights,
+    device_plans,
+)
 from amalgam.runtime.served import ServedWeights, shared_weights
 from amalgam.runtime.speculation import Speculation
 from amalgam.runtime.versions import VersionBook, as_id
@@ -214,6 +222,7 @@ class Remapper:
         if request.is_reload:
             loader = loader.reopen()
         planned = loader.plan(rules)
+        loader.devices.check_there(planned)
         others = [version for version in self._versions.versions if version is not served.version]
         return Prepared(loader, rules, planned, shared_weights(planned, served.version, *others))
 
@@ -244,6 +253,7 @@ class Remapper:
             shared_bytes=sum(contents.sizes.values()) - load.memory_bytes,
             available_bytes=self.room(),
             seconds=time.monotonic() - started + load.read_bytes * self._seconds_per_byte,
+            devices=device_plans(contents, load, prepared.loader.devices),
         )
 
     def _go_live(

@@ -11,7 +11,7 @@ from collections.abc import Awaitable, Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Literal
 
-from amalgam.config.settings import Rule, Settings
+from amalgam.config.settings import PlacementLike, Rule, Settings
 from amalgam.engine.meter import Meter
 from amalgam.engine.params import SamplingParams
 from amalgam.engine.request import EngineStatus, Observation, RequestOutput
@@ -182,7 +182,7 @@ class WrappedDeployment:
     def rollback(self, version: str | int | None = None) -> RemapResult:
         return self.wrapped.rollback(version)
 
-    def update_weight_mapping(self, mapping: Mapping[str, str | None]) -> RemapResult:
+    def update_weight_mapping(self, mapping: Mapping[str, PlacementLike | None]) -> RemapResult:
         return self.wrapped.update_weight_mapping(mapping)
 
     def undo_weight_mapping(self, version_id: int) -> RemapResult:

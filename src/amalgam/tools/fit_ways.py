@@ -100,7 +100,8 @@ class Serving:
             words += ["--model.mixed_precision.default_source", mixed.default_source]
         there = len(known.all_rules)
         for rule in mixed.all_rules[there if mixed.all_rules[:there] == known.all_rules else 0 :]:
-            words += ["--map", f"{rule.pattern}={rule.source}"]
+            at = "" if rule.device is None else f"@{rule.device}"
+            words += ["--map", f"{rule.pattern}={rule.source or ''}{at}"]
         return self._line(words, self._read)
 
     def alone(self, model: str, *words: str) -> str:

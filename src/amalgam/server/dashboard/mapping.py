@@ -14,7 +14,7 @@ from fastapi import APIRouter
 from pydantic import BaseModel, Field
 from starlette.responses import Response
 
-from amalgam.config.settings import ModelSettings, Rule
+from amalgam.config.settings import InferenceSettings, ModelSettings, Placement, Rule
 from amalgam.server.api.weights import RemapAnswer, remap_answer
 from amalgam.server.dependencies import Admission, ServiceArgument
 from amalgam.server.http.body import Body, StrictRoute
@@ -69,25 +69,27 @@ async def mapping_yaml(service: ServiceArgument) -> Response:
 
 
 def configuration(deployment: Deployment) -> str:
-    """YAML that loads again: section `model` of the settings, with the rules in use as `weight_mapping`.
+    """YAML that loads again: section `model` of the settings, with the rules in use as `weight_mapping`; and devices.
 
     Paths are absolute, so that the file may lie anywhere.
     """
-    section = _model_section(deployment.settings.model, deployment.rules)
+    settings = deployment.settings
+    sections = {"model": _model_section(settings.model, deployment.rules)}
+    if devices := _device_section(settings.inference):
+        sections["inference"] = devices
     head = (
         f"# The weight mapping that {_one_line(deployment.model_name)} used as weight version "
         f"{deployment.version_id}.\n"
         "# Put it in place of the section `model` of the configuration file, or start with it alone.\n"
     )
-    return head + yaml.safe_dump({"model": section}, allow_unicode=True, sort_keys=False, width=1000)
+    return head + yaml.safe_dump(sections, allow_unicode=True, sort_keys=False, width=1000)
 
 
 def _model_section(model: ModelSettings, rules: Sequence[Rule]) -> dict[str, Any]:
     mixed = model.mixed_precision
-    weight_mapping: dict[str, str] = {}
-    for rule in rules:
-        weight_mapping.pop(rule.pattern, None)  # the later rule wins, in the later place
-        weight_mapping[rule.pattern] = rule.source
+    placements: dict[str, Placement] = {}
+    for rule in rules:  # the later one wins, in the later place
+        placements[rule.pattern] = rule.over(placements.pop(rule.pattern, None))
     kept = mixed.model_dump(exclude_defaults=True, exclude={"sources", "weight_mapping", "rules"})
     section = model.model_dump(exclude_defaults=True, exclude={"mixed_precision", "base_path"})
     return {
@@ -96,9 +98,14 @@ def _model_section(model: ModelSettings, rules: Sequence[Rule]) -> dict[str, Any
         "mixed_precision": {
             "sources": {name: _absolute(path) for name, path in mixed.sources.items()},
             **kept,
-            "weight_mapping": weight_mapping,
+            "weight_mapping": {pattern: placement.model_dump() for pattern, placement in placements.items()},
         },
     }
+
+
+def _device_section(inference: InferenceSettings) -> dict[str, Any]:
+    """What rules may name as devices, where anything is said of them."""
+    return inference.model_dump(include={"device_map", "devices"}) if inference.devices else {}
 
 
 def _absolute(path: str) -> str:

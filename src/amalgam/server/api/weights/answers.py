@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_serializer
 
 from amalgam.runtime.changes import RemapResult, WeightChange
 
@@ -30,6 +30,11 @@ class WeightChangeAnswer(BaseModel):
     format_after: str
     bytes_before: int
     bytes_after: int
+    device_before: str | None = None
+    device_after: str | None = None
+    """null: the device that the model runs on."""
+
+    model_config = ConfigDict(use_attribute_docstrings=True)
 
 
 class ChangeSummary(BaseModel):
@@ -42,6 +47,9 @@ class ChangeSummary(BaseModel):
     bytes_after: int
     examples: list[str]
     """Names of the first few."""
+    device_before: str | None = None
+    device_after: str | None = None
+    """null: the device that the model runs on."""
 
     model_config = ConfigDict(use_attribute_docstrings=True)
 
@@ -70,7 +78,27 @@ class RemapAnswer(BaseModel):
 
 class RuleAnswer(BaseModel):
     pattern: str
-    source: str
+    source: str | None = None
+    device: str | None = None
+
+    @model_serializer(mode="plain")
+    def _as_written(self) -> dict[str, str]:
+        return {name: value for name, value in dict(self).items() if value is not None}
+
+
+class DeviceAnswer(BaseModel):
+    bytes: int
+    """Of the version's weights there."""
+    new_bytes: int
+    """Of those that have to be brought there."""
+    used_bytes: int
+    """Of all weights that are there now, of every version."""
+    limit_bytes: int | None = None
+    """That weights may take; null: as much as there is."""
+    available_bytes: int
+    """For more weights."""
+
+    model_config = ConfigDict(use_attribute_docstrings=True)
 
 
 class PlanAnswer(BaseModel):
@@ -103,6 +131,8 @@ class PlanAnswer(BaseModel):
     """Of memory now."""
     has_room: bool
     """False: the change would be refused."""
+    devices: dict[str, DeviceAnswer] | None = None
+    """By device. null: all is on one, without a limit."""
     seconds: float
     """That it would take, as fast as weights were loaded so far."""
 
@@ -127,6 +157,7 @@ def plan_answer(plan: ChangePlan, *, details: bool = False) -> PlanAnswer:
         peak_bytes=plan.load.peak_bytes,
         available_bytes=plan.available_bytes,
         has_room=plan.has_room,
+        devices={name: DeviceAnswer(**asdict(device)) for name, device in plan.devices.items()} or None,
         seconds=plan.seconds,
     )
 
@@ -154,10 +185,18 @@ def remap_answer(result: RemapResult, *, details: bool = False) -> RemapAnswer:
 
 
 def summary(changed: Sequence[WeightChange]) -> list[ChangeSummary]:
-    """By sources and formats, those of most weights first."""
-    groups: dict[tuple[str, ...], list[WeightChange]] = defaultdict(list)
+    """By sources, formats and devices, those of most weights first."""
+    groups: dict[tuple[str, str, str, str, str | None, str | None], list[WeightChange]] = defaultdict(list)
     for change in changed:
-        groups[change.source_before, change.source_after, change.format_before, change.format_after].append(change)
+        key = (
+            change.source_before,
+            change.source_after,
+            change.format_before,
+            change.format_after,
+            change.device_before,
+            change.device_after,
+        )
+        groups[key].append(change)
     return [
         ChangeSummary(
             source_before=source_before,
@@ -168,8 +207,9 @@ def summary(changed: Sequence[WeightChange]) -> list[ChangeSummary]:
             bytes_before=sum(change.bytes_before for change in group),
             bytes_after=sum(change.bytes_after for change in group),
             examples=[change.name for change in group[:NUM_EXAMPLES]],
+            device_before=device_before,
+            device_after=device_after,
         )
-        for (source_before, source_after, format_before, format_after), group in sorted(
-            groups.items(), key=lambda item: -len(item[1])
-        )
+        for key, group in sorted(groups.items(), key=lambda item: -len(item[1]))
+        for source_before, source_after, format_before, format_after, device_before, device_after in [key]
     ]

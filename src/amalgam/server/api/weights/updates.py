@@ -13,7 +13,7 @@ from starlette.responses import Response
 
 from amalgam.runtime.changes import ChangeRequest
 from amalgam.server.api.weights.answers import PlanAnswer, RemapAnswer, plan_answer, remap_answer
-from amalgam.server.api.weights.bodies import WeightMapping
+from amalgam.server.api.weights.bodies import WeightMapping, placements
 from amalgam.server.dependencies import Admission, ServiceArgument
 from amalgam.server.http.body import Body, StrictRoute
 from amalgam.server.http.errors import OrjsonResponse
@@ -25,7 +25,8 @@ router = APIRouter(route_class=StrictRoute, tags=["weights"])
 
 class UpdateWeightMappingBody(Body):
     weight_mapping: WeightMapping
-    """Logical weight name or pattern → source. Replaces rules of the same name, adds the rest; null removes one."""
+    """Logical weight name or pattern → source, or {"source": …, "device": …}: what is left out of it stays as it is.
+    Replaces rules of the same name, adds the rest; null removes one."""
     dry_run: bool = False
     """Answer what would change and what it would take; nothing changes."""
     details: bool = False
@@ -49,10 +50,10 @@ class ManifestQuery(Body):
 @router.post("/update_weight_mapping", dependencies=[Admission], response_model_exclude_none=True)
 async def update_weight_mapping(body: UpdateWeightMappingBody, service: ServiceArgument) -> RemapAnswer | PlanAnswer:
     """Take weights from other sources, while requests go on. A mapping that cannot be fulfilled changes nothing."""
-    deployment = service.deployment
+    deployment, mapping = service.deployment, placements(body.weight_mapping)
     if body.dry_run:
-        return await planned(deployment, ChangeRequest(body.weight_mapping), details=body.details)
-    result = await in_own_thread(lambda: deployment.update_weight_mapping(body.weight_mapping))
+        return await planned(deployment, ChangeRequest(mapping), details=body.details)
+    result = await in_own_thread(lambda: deployment.update_weight_mapping(mapping))
     return remap_answer(result, details=body.details)
 
 

@@ -48,6 +48,7 @@ class VersionAnswer(BaseModel):
     own_bytes: int
     """Of weights that no other version in memory has."""
     bytes_by_format: dict[str, int]
+    bytes_by_device: dict[str, int]
     created: float
     """Unix seconds."""
     age_seconds: float

@@ -98,8 +98,8 @@ async def mapping(target: Target) -> Finding:
     described = await _model_info(target)
     if not isinstance(described.get("rules"), list):
         raise CannotTellError("/model_info does not say which rules hold.")
-    served = _pairs(described["rules"])
-    written = [(rule.pattern, rule.source) for rule in settings.model.mixed_precision.all_rules]
+    served = _rules(described["rules"])
+    written = [rule.model_dump() for rule in settings.model.mixed_precision.all_rules]
     version = _version(described)
     if served == written:
         return passed(f"weight version {version} has the rules of {path} ({len(written)})")
@@ -121,8 +121,13 @@ def _version(described: Mapping[str, Any]) -> int | None:
     return version if isinstance(version, int) else None
 
 
-def _pairs(rules: Sequence[Any]) -> list[tuple[str, str]]:
-    return [(str(rule.get("pattern")), str(rule.get("source"))) for rule in rules if isinstance(rule, Mapping)]
+def _rules(described: Sequence[Any]) -> list[dict[str, str]]:
+    fields = ("pattern", "source", "device")
+    return [
+        {name: str(rule[name]) for name in fields if rule.get(name) is not None}
+        for rule in described
+        if isinstance(rule, Mapping)
+    ]
 
 
 @check(
