@@ -63,7 +63,7 @@ def with_settings(
     shown: Collection[str] = (),
     takes_others: bool = False,
 ) -> Callable[..., Any]:
-    """Give a verb `--config`, `--source`, `--map`, `--device` and a flag for every setting; it receives `settings: Settings`.
+    """Give a verb `--config`, `--source`, `--map`, `--device` and a flag for every setting; it receives `settings`.
 
     One that has a parameter `origins` also receives where each setting that was given comes from, one that has
     `config_file` the file that was named, or None, and one that has `read_again` a function that reads the same anew.
@@ -111,14 +111,12 @@ def with_settings(
         "map_": Annotated[
             list[str],
             typer.Option(
-                "--map", help="Add a rule: PATTERN=SOURCE, PATTERN=SOURCE@DEVICE, PATTERN=@DEVICE. Repeatable."
+                "--map", help="Add a rule: PATTERN=SOURCE, PATTERN=@DEVICE or PATTERN=SOURCE@DEVICE. Repeatable."
             ),
         ],
         "device": Annotated[
             list[str],
-            typer.Option(
-                "--device", help="Name a device for experts, with its memory or without: cuda=24GB. Repeatable."
-            ),
+            typer.Option("--device", help="Name a device that experts may lie on, its memory if limited: cuda=24GB."),
         ],
     }
     defaults: dict[str, Any] = {"config": None, "source": [], "map_": [], "device": []}
