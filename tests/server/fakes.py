@@ -43,6 +43,7 @@ from amalgam.experts.tracker import ExpertTracker
 from amalgam.models.routing import RoutingTrace
 from amalgam.runtime.changes import ChangeRequest, RemapRecord
 from amalgam.runtime.describe import describe_projections
+from amalgam.runtime.devices import DeviceFigures
 from amalgam.runtime.jobs import Job, Jobs
 from amalgam.runtime.statistics import ExpertStatistics
 from amalgam.server import app, run
@@ -283,7 +284,7 @@ class FakeDeployment:
         return ExpertStatistics(self.tracker, lambda: self.version, model=self.model_name)
 
     def expert_info(self, layer_id: int, expert_id: int) -> dict[str, Any]:
-        projections = describe_projections(self.version, layer_id, expert_id)
+        projections = describe_projections(self.version, layer_id, expert_id, "cpu")
         use = None if self.statistics is None else self.statistics.use_of(layer_id, expert_id)
         return {
             "layer_id": layer_id, "expert_id": expert_id, "num_experts": self.num_experts, "use": use,
@@ -308,6 +309,12 @@ class FakeDeployment:
     def _encode_by_piece(self, text: str, max_tokens: int, **_: Any) -> Iterator[list[int]]:
         yield self.encode(text)
 
+    def device_figures(self) -> dict[str, DeviceFigures]:
+        return {
+            "cpu": DeviceFigures(experts=self.num_experts, used_bytes=2, limit_bytes=None, available_bytes=10),
+            "cuda": DeviceFigures(0, 0, 100, 100, uploaded_bytes=3, sent_bytes=4, returned_bytes=5, rows=6),
+        }
+
     def model_info(self) -> dict[str, Any]:
         row = {"weights": 1, "bytes": 2}
         return {
@@ -331,9 +338,10 @@ class FakeDeployment:
             rules=self.rules, version=None, previous_version=self.version_id, fingerprint="f", changed=changed,
             load=SimpleNamespace(num_weights=len(changed), read_bytes=size, new_bytes=size, peak_bytes=size),
             shared_bytes=2, available_bytes=8, has_room=size <= 8, seconds=0.5,
+            devices={},
         )  # fmt: skip
 
-    def changed(self, name: str, source: str) -> WeightChange:
+    def changed(self, name: str, source: Any) -> WeightChange:
         """A weight, once it comes from a source."""
         return WeightChange(name, "base", source, "bf16", source, 4, 2)
 
@@ -365,7 +373,8 @@ class FakeDeployment:
     def describe_weights(self) -> dict[str, Any]:
         version = {
             "version": self.version_id, "states": ["current"], "names": [], "pinned": False, "fingerprint": "f",
-            "rules": [], "bytes": 2, "own_bytes": 2, "bytes_by_format": {"bf16": 2}, "created": 0.0,
+            "rules": [], "bytes": 2, "own_bytes": 2, "bytes_by_format": {"bf16": 2},
+            "bytes_by_device": {"cpu": 2}, "created": 0.0,
             "age_seconds": 1.0, "requests": len(self.engine.running),
         }  # fmt: skip
         return {"current": self.version_id, "versions": [version], "bytes": 2, "available_bytes": 8}

@@ -27,6 +27,7 @@ from amalgam.engine.request import EngineStatus
 from amalgam.errors import ConflictError, ReplicaLostError, UnavailableError, UnsupportedError
 from amalgam.experts.snapshot import ResetResult
 from amalgam.runtime.changes import ChangeRequest, RemapRecord, RemapResult
+from amalgam.runtime.devices import DeviceFigures, together
 from amalgam.runtime.jobs import Job, Jobs
 
 STATISTICS_SECONDS = 2.0  # how old merged statistics may be
@@ -99,6 +100,10 @@ class ClusterDeployment:
         """That of one replica, and how many there are."""
         info: dict[str, Any] = self._members.any("model_info")
         return {**info, "replicas": len(self._members.ids())}
+
+    def device_figures(self) -> dict[str, DeviceFigures]:
+        """Of all replicas together."""
+        return together(self._members.all(self._members.ids(), "device_figures").results.values())
 
     def expert_info(self, layer_id: int, expert_id: int) -> dict[str, Any]:
         info: dict[str, Any] = self._members.any("expert_info", layer_id, expert_id)

@@ -54,7 +54,8 @@ _KEPT = (
 )  # fmt: skip
 # What the gateway may call of the deployment as it is.
 DEPLOYMENT_CALLS = frozenset({
-    "describe_version", "describe_weights", "difference", "expert_info", "manifest", "model_info", "plan_change",
+    "describe_version", "describe_weights", "device_figures", "difference", "expert_info", "manifest", "model_info",
+    "plan_change",
 })  # fmt: skip
 STATISTICS_CALLS = frozenset({
     "by_layer", "coactivation", "compare", "concentration", "describe", "export", "export_to", "grid", "hints",

@@ -8,6 +8,7 @@ Packed weights are shared between versions, so that a re-map costs only what cha
 from __future__ import annotations
 
 import hashlib
+import re
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -18,6 +19,8 @@ from torch import Tensor
 from amalgam.base.mapping import has_lost_at
 from amalgam.errors import LostWeightsError
 from amalgam.kernels.packed import Expert, ExpertTable, PackedWeight
+
+_EXPERT = re.compile(r"layers\.\d+\.mlp\.experts\.\d+\.down")
 
 
 @dataclass(frozen=True)
@@ -193,6 +196,11 @@ def manifest(version: str, origins: Mapping[str, Origin], digests: Mapping[str, 
     # `vars` and not `asdict`, which copies deeply: there are tens of thousands of them.
     weights = [{**vars(origin), "parts": [record(part) for part in origin.parts]} for origin in origins.values()]
     return {"fingerprint": version, "weights": weights}
+
+
+def is_expert(slot: str) -> bool:
+    """Whether a slot is the one that stands for an expert of a layer: its last projection's weight."""
+    return _EXPERT.fullmatch(slot) is not None
 
 
 def split_slot(slot: str) -> tuple[str, str]:

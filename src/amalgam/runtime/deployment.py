@@ -28,6 +28,7 @@ from amalgam.runtime.autoplan import Autoplan
 from amalgam.runtime.beside import KeptBeside
 from amalgam.runtime.changes import Asked, ChangeRequest, RemapLog, RemapRecord, RemapResult
 from amalgam.runtime.describe import describe_manifest, describe_model, describe_projections, describe_versions
+from amalgam.runtime.devices import DeviceFigures, device_figures
 from amalgam.runtime.history import HistoryFile, Kept
 from amalgam.runtime.jobs import Job, Jobs, status_of_record
 from amalgam.runtime.preview import ChangePlan, Difference
@@ -329,6 +330,10 @@ class Deployment:
             self.model_name, self.settings, self._served, self.engine, self.defaults, self.loaded_seconds
         )
         return {**described, "has_chat_template": self.tokenizer.has_chat_template}
+
+    def device_figures(self) -> dict[str, DeviceFigures]:
+        """What lies on each device, and what went to and fro."""
+        return device_figures(self._served, self.engine)
 
     def expert_info(self, layer_id: int, expert_id: int) -> dict[str, Any]:
         """Where each projection of one expert comes from, and how much it is used; None if nothing is counted.

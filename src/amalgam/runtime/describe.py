@@ -7,7 +7,6 @@ and what an expert is made of. Must never know: who asks.
 from __future__ import annotations
 
 import math
-import re
 from collections import Counter, defaultdict
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -23,13 +22,11 @@ from amalgam.engine.speculation.draft import DraftProposer
 from amalgam.engine.speculation.speculator import Speculator
 from amalgam.errors import RequestError
 from amalgam.experts.precision_map import PROJECTIONS
-from amalgam.kernels.backends.split.traffic import Traffic
 from amalgam.models.weights import WeightVersion
+from amalgam.runtime.devices import device_figures
 from amalgam.runtime.preview import Contents
 from amalgam.runtime.served import ServedWeights
 from amalgam.runtime.versions import LiveVersion, VersionState
-
-_EXPERT = re.compile(r"layers\.\d+\.mlp\.experts\.\d+\.down")  # one weight of each
 
 
 def describe_versions(live: Sequence[LiveVersion]) -> list[dict[str, Any]]:
@@ -117,30 +114,12 @@ def describe_model(
 
 
 def describe_devices(served: ServedWeights, engine: Engine) -> dict[str, Any]:
-    """Each device that weights may lie on: what of the version is there, and how much went to and fro.
-
-    `experts` are counted in every layer. What weights take counts all versions in memory.
-    """
-    version, devices = served.version, served.loader.devices
-    primary = devices.primary
-    experts = Counter(version.devices.get(slot) for slot in version.keys if _EXPERT.fullmatch(slot))
-    sizes = Contents.of(version).bytes_by_device(primary)
-    uploaded, traffic = devices.uploaded_bytes, engine.traffic
-    found: dict[str, Any] = {}
-    for name in dict.fromkeys((*devices.names, *sizes)):
-        other = None if name == primary else name
-        room = devices.room(other)
-        found[name] = {
-            "bytes": sizes.get(name, 0),
-            "experts": experts[other],
-            "used_bytes": room.used_bytes,
-            "limit_bytes": room.limit_bytes,
-            "available_bytes": room.available_bytes,
-        }
-        if other is not None:
-            moved = traffic.get(name, Traffic())
-            found[name] |= {"uploaded_bytes": uploaded.get(name, 0), **asdict(moved)}
-    return found
+    """Each device that weights may lie on: what of the version is there, and what went to and fro."""
+    sizes = Contents.of(served.version).bytes_by_device(served.loader.devices.primary)
+    return {
+        name: {"bytes": sizes.get(name, 0), **asdict(figures)}
+        for name, figures in device_figures(served, engine).items()
+    }
 
 
 def multiplies_integers(dtype: str, device: torch.device) -> bool:

@@ -35,6 +35,7 @@ if TYPE_CHECKING:
 
     from amalgam.engine.generation_config import ModelDefaults
     from amalgam.models.weights import WeightVersion
+    from amalgam.runtime.devices import DeviceFigures
     from amalgam.runtime.preview import ChangePlan, Difference
     from amalgam.text.grammar import CompiledGrammar
 
@@ -153,6 +154,9 @@ class WrappedDeployment:
 
     def model_info(self) -> JSON:
         return self.wrapped.model_info()
+
+    def device_figures(self) -> Mapping[str, DeviceFigures]:
+        return self.wrapped.device_figures()
 
     def expert_info(self, layer_id: int, expert_id: int) -> JSON:
         return self.wrapped.expert_info(layer_id, expert_id)

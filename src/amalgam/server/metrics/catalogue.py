@@ -61,6 +61,14 @@ _FAMILIES = (
     _gauge("memory_limit_bytes", "Memory that the process may use: the machine's, or its control group's limit."),
     _counter("cpu_seconds", "Processor time of the process."),
     _gauge("cpu_threads", "Threads that can compute at the same time."),
+    # devices: the one that the model runs on, and those that experts lie on
+    _gauge("device_weight_bytes", "Memory that weights take, of all versions.", "device"),
+    _gauge("device_limit_bytes", "Memory that weights may take, where it is limited.", "device"),
+    _gauge("device_experts", "Experts in all layers, of the version that new requests start on.", "device"),
+    _counter("device_uploaded_bytes", "Weights brought to a device beside the one that the model runs on.", "device"),
+    _counter("device_sent_bytes", "Activations sent to a device beside the one that the model runs on.", "device"),
+    _counter("device_returned_bytes", "Outputs that came back from it.", "device"),
+    _counter("device_expert_rows", "Pairs of token and expert that were multiplied there.", "device"),
     # requests, tokens, KV cache, steps
     _counter("requests_finished", "Requests by how they ended.", "reason"),
     _gauge("requests_running", "Requests being computed."),

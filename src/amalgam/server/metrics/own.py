@@ -5,7 +5,8 @@ In: the service. Out: metric families, those of the catalogue.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import TYPE_CHECKING
 
 from prometheus_client.core import Metric
 
@@ -16,9 +17,12 @@ from amalgam.planning.trial_plans import WHICH
 from amalgam.runtime.changes import RemapRecord
 from amalgam.server.interface import Statistics, Trials
 from amalgam.server.metrics.catalogue import PREFIX
-from amalgam.server.metrics.families import EngineFigures, Families
+from amalgam.server.metrics.families import EngineFigures, Families, Samples
 from amalgam.server.service import Service, Status
 from amalgam.version import __version__
+
+if TYPE_CHECKING:
+    from amalgam.runtime.devices import DeviceFigures
 
 _LAYER_GAUGES = ("max_to_mean", "normalized_entropy", "gini", "num_used_experts", "num_hot_experts")
 
@@ -31,6 +35,7 @@ def families(service: Service, engine: EngineFigures | None) -> Iterator[Metric]
     if engine is None:
         return
     deployment = service.deployment
+    yield from _of_devices(deployment.device_figures())
     yield from _of_engine(engine)
     yield from _of_latencies(engine)
     yield from _of_remaps(deployment.remaps, deployment.version_id)
@@ -65,6 +70,23 @@ def _of_processes(hosts: Mapping[str, ProcessFigures]) -> Iterator[Metric]:
     yield _family("memory_limit_bytes", [(labels, figures.memory_limit) for labels, figures in labelled])
     yield _family("cpu_seconds", [(labels, figures.cpu_seconds) for labels, figures in labelled])
     yield _family("cpu_threads", [(labels, figures.threads) for labels, figures in labelled])
+
+
+def _of_devices(devices: Mapping[str, DeviceFigures]) -> Iterator[Metric]:
+    """Weights and experts on each, and what went to and fro."""
+
+    def of_each(figure: Callable[[DeviceFigures], int | None], chosen: Mapping[str, DeviceFigures]) -> Samples:
+        found = ((name, figure(one)) for name, one in chosen.items())
+        return [({"device": name}, value) for name, value in found if value is not None]
+
+    yield _family("device_weight_bytes", of_each(lambda one: one.used_bytes, devices))
+    yield _family("device_limit_bytes", of_each(lambda one: one.limit_bytes, devices))
+    yield _family("device_experts", of_each(lambda one: one.experts, devices))
+    others = dict(list(devices.items())[1:])  # the first one is the one that the model runs on
+    yield _family("device_uploaded_bytes", of_each(lambda one: one.uploaded_bytes, others))
+    yield _family("device_sent_bytes", of_each(lambda one: one.sent_bytes, others))
+    yield _family("device_returned_bytes", of_each(lambda one: one.returned_bytes, others))
+    yield _family("device_expert_rows", of_each(lambda one: one.rows, others))
 
 
 def _of_engine(engine: EngineFigures) -> Iterator[Metric]:

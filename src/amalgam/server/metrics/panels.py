@@ -98,6 +98,13 @@ PANELS: dict[str, tuple[Panel, ...]] = {
         Panel("Up since", each("uptime_seconds"), "s"),
         Panel("What is served", each("info")),
     ),
+    "Devices": (
+        Panel("Weights", [*each("device_weight_bytes"), *each("device_limit_bytes")], "bytes"),
+        Panel("Experts", levels("device_experts", over="max"), is_stacked=True),
+        Panel("Weights brought to a device", rates("device_uploaded_bytes"), "Bps"),
+        Panel("Activations sent and returned", rates("device_sent_bytes", "device_returned_bytes"), "Bps"),
+        Panel("Rows that other devices multiply", rates("device_expert_rows"), "cps", is_stacked=True),
+    ),
     "Weights": (
         Panel("Weight version", each("weight_version"), "none"),
         Panel("Changes of the weights", levels("remaps")),

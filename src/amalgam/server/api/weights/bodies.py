@@ -5,12 +5,13 @@ In: fields. Out: a `ChangeRequest`. Must never know: how it is made.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Annotated, Any, Self
 
 from pydantic import BeforeValidator, Field, model_validator
 
 from amalgam.config.devices import DeviceName
-from amalgam.config.settings import Placement, Rule, SourceName
+from amalgam.config.settings import Placement, PlacementLike, Rule, SourceName
 from amalgam.runtime.changes import ChangeRequest
 from amalgam.server.api.common import AskedWeights
 from amalgam.server.api.weights.answers import LogicalName
@@ -34,7 +35,10 @@ class PlacementBody(Body):
         return self
 
     @property
-    def placement(self) -> Placement:
+    def placement(self) -> PlacementLike:
+        """As short as it can be."""
+        if self.source is not None and self.device is None:
+            return self.source
         return Placement(source=self.source, device=self.device)
 
 
@@ -53,7 +57,7 @@ PlacementValue = Annotated[
 WeightMapping = Annotated[dict[LogicalName, PlacementValue], Field(min_length=1, max_length=MAX_JSON_KEYS)]
 
 
-def placements(mapping: dict[str, PlacementBody | None]) -> dict[str, Placement | None]:
+def placements(mapping: Mapping[str, PlacementBody | None]) -> dict[str, PlacementLike | None]:
     """A mapping as changes take it."""
     return {pattern: None if value is None else value.placement for pattern, value in mapping.items()}
 
