@@ -1,4 +1,4 @@
-"""Which precision each projection of each expert has.
+"""Which precision each projection of each expert has, and on which device each expert lies.
 
 In: a weight version. Out: a `PrecisionMap` on the grid of the statistics. Must never know: counts.
 """
@@ -30,6 +30,7 @@ class PrecisionMap:
     names: list[list[list[str]]]  # logical names, to be used in a mapping
     formats: list[list[list[str]]]
     sources: list[list[list[str]]]
+    devices: list[list[str | None]]  # [layers][experts]; None: with the rest of the model
     nbytes: npt.NDArray[np.int64]  # [layers, experts, projections]
     bits: npt.NDArray[np.float64]  # [layers, experts], per parameter, scales included
 
@@ -79,6 +80,7 @@ class PrecisionMap:
             "names": self.names,
             "formats": self.formats,
             "sources": self.sources,
+            "devices": self.devices,
             "bytes": self.nbytes.tolist(),
             "bits": self.bits.tolist(),
             "wide_bits": self.wide_bits,
@@ -117,5 +119,11 @@ def _build(version: WeightVersion, layer_ids: tuple[int, ...], num_experts: int)
                 if origin is not None:
                     nbytes[row, expert_id, part] = version[slot].nbytes
                     num_parameters[row, expert_id, part] = math.prod(origin.shape)
+    devices = [
+        [version.devices.get(f"layers.{layer}.mlp.experts.{expert}.down") for expert in range(num_experts)]
+        for layer in layer_ids
+    ]
     bits = 8 * nbytes.sum(axis=-1) / np.maximum(num_parameters.sum(axis=-1), 1)
-    return PrecisionMap(layer_ids, num_experts, names("name"), names("format"), names("source"), nbytes, bits)
+    return PrecisionMap(
+        layer_ids, num_experts, names("name"), names("format"), names("source"), devices, nbytes, bits
+    )

@@ -24,7 +24,7 @@ export const state = {
   changes: [], // GET /weights/changes
   mapping: null, // GET /dashboard/mapping
   chosen: null, // {layerId, expertId}
-  staged: new Map(), // weight name → {name, layerId, expertId, projection, source}
+  staged: new Map(), // weight name → {name, layerId, expertId, projection, change, before}
 };
 
 // Statistics at least as new as the latest event's: all pages that had the event can be given the same answer.

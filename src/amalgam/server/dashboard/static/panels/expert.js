@@ -50,7 +50,7 @@ function card(expert) {
       fact(t("decaying_rate"), t("per_second", format.short(use.decaying_rate)),
         t("half_life", format.number(state.statistics.half_life_minutes, 1))),
       fact(t("last_activation"), use.last_activation ? format.clock(use.last_activation) : t("never")),
-      fact(t("in_memory"), format.bytes(total))) : null,
+      fact(t("in_memory"), format.bytes(total), Object.keys(state.info?.devices ?? {}).length > 1 ? t("on_device", projections[0].device) : "")) : null,
     table([t("projection"), t("source"), t("format"), t("bits"), t("size")], projections.map((item) =>
       h("tr", {}, h("td", { title: item.name }, item.projection), h("td", { title: reasonText(item.reason) }, item.source), h("td", {}, item.format),
         h("td", { class: "num" }, format.number(item.bits, 2)), h("td", { class: "num" }, format.bytes(item.bytes))))),

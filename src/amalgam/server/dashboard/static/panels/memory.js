@@ -38,6 +38,7 @@ function memoryPanel() {
         h("td", { class: "num" }, format.bytes(row.bytes)),
         h("td", { class: "num" }, format.percent(row.bytes / total)),
         h("td", { class: "num" }, format.number(row.bits, 2))))),
+      devicesOf(info.devices ?? {}),
       h("h3", {}, t("sources")),
       table([t("source"), t("weights_count"), t("size")], Object.entries(info.sources).map(([name, row]) => h("tr", {},
         h("td", { title: row.path ?? "" }, name), h("td", { class: "num" }, format.number(row.weights)), h("td", { class: "num" }, format.bytes(row.bytes))))));
@@ -45,6 +46,20 @@ function memoryPanel() {
 
   on("info", redraw);
   return { id: "memory", node, redraw, refresh: redraw };
+}
+
+// What lies on each device, and what went to those beside the one that the model runs on; nothing where there is only that one.
+function devicesOf(devices) {
+  const rows = Object.entries(devices);
+  if (rows.length < 2 && !rows[0]?.[1].limit_bytes) return null;
+  return [h("h3", {}, t("devices")), table([t("device"), t("nav_usage"), t("weights_total"), t("device_limit"), t("device_free"), t("sent"), t("returned")], rows.map(([name, row], index) => h("tr", {},
+    h("td", {}, name),
+    h("td", { class: "num" }, format.number(row.experts)),
+    h("td", { class: "num" }, format.bytes(row.bytes)),
+    h("td", { class: "num" }, row.limit_bytes === null ? "–" : format.bytes(row.limit_bytes)),
+    h("td", { class: "num" }, format.bytes(row.available_bytes)),
+    h("td", { class: "num" }, index ? format.bytes(row.sent_bytes) : "–"),
+    h("td", { class: "num" }, index ? format.bytes(row.returned_bytes) : "–"))), { id: "device-table" })];
 }
 
 function remapPanel() {

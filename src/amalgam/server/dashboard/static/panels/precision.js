@@ -28,6 +28,8 @@ export function create() {
     host, h("div", { class: "below" }, legendHost)), { wide: "main" });
 
   const source = select(undefined, { id: "stage-source" });
+  const device = select(undefined, { id: "stage-device" });
+  const deviceField = h("label", { class: "field", hidden: true }, h("span", { dataset: { i18n: "lie_on" } }), device);
   const boxes = new Map();
   const boxHost = h("div", { class: "boxes" });
   const count = h("b", { id: "stage-count" });
@@ -47,7 +49,7 @@ export function create() {
   const discard = h("button", { type: "button", onclick: () => { state.staged.clear(); emit("staged"); } });
   const stageNode = frame("stage", "stage", null, h("div", {},
     h("p", {}, count), h("div", { class: "buttons" }, chooseHot, chooseCold, chooseLayer, clear),
-    h("div", { class: "stage-form" }, boxHost, h("label", { class: "field" }, h("span", { dataset: { i18n: "take_from" } }), source), stage),
+    h("div", { class: "stage-form" }, boxHost, h("label", { class: "field" }, h("span", { dataset: { i18n: "take_from" } }), source), deviceField, stage),
     h("h3", { dataset: { i18n: "staged" } }), list, plan.node, h("div", { class: "controls" }, control("stage_name", name)), h("div", { class: "buttons" }, apply, discard), outcome,
     h("h3", { dataset: { i18n: "in_use" } }), kept, h("div", { class: "buttons" }, undo, save)), { wide: "side" });
 
@@ -83,13 +85,15 @@ export function create() {
         const cell = map.cell(row, expertId, part);
         return !cell.format ? [] : `${projection}: ${cell.format} · ${cell.source.slice(0, MAX_TIP_NAME)} · ${format.bytes(cell.bytes)}`;
       }),
+      ...(map.devices.length > 1 ? [t("on_device", map.device(row, expertId))] : []),
     ],
   });
   mapNode.grid = grid;
 
   function words() {
     const projections = map?.projections ?? [];
-    setOptions(show, [["split", t("show_split")], ...projections.map((name, index) => [index, name])]);
+    const byDevice = map?.devices.length > 1 ? [["device", t("show_device")]] : [];
+    setOptions(show, [["split", t("show_split")], ...projections.map((name, index) => [index, name]), ...byDevice]);
     thresholds(hot, HOT, state.statistics?.hot_from);
     thresholds(cold, COLD, state.statistics?.cold_to);
     chooseLayer.textContent = t("select_layer");
@@ -101,7 +105,11 @@ export function create() {
   function adopt() {
     if (!state.precision) return;
     map = readMap(state.precision);
-    setOptions(source, Object.keys(state.info?.sources ?? {}).map((name) => [name, name]));
+    const sources = Object.keys(state.info?.sources ?? {}).map((name) => [name, name]);
+    const hasDevices = map.devices.length > 1;
+    setOptions(source, hasDevices ? [["", t("as_it_is")], ...sources] : sources);
+    setOptions(device, [["", t("as_it_is")], ...map.devices.map((name) => [name, name])]);
+    deviceField.hidden = !hasDevices;
     fill(boxHost, map.projections.map((name) => {
       const box = boxes.get(name) ?? h("input", { type: "checkbox", checked: true });
       boxes.set(name, box);
@@ -124,14 +132,16 @@ export function create() {
     showSelection();
     if (!map) return;
     const parts = show.value === "split" ? map.projections.length : 1;
+    const isByDevice = show.value === "device";
     const colors = new Uint32Array(map.layerIds.length * map.numExperts * parts);
     const table = scale("widths");
     let at = 0;
     for (let row = 0; row < map.layerIds.length; row += 1) {
       for (let expert = 0; expert < map.numExperts; expert += 1) {
         for (let part = 0; part < parts; part += 1) {
-          const cell = map.formatAt(row, expert, parts === 1 ? Number(show.value) : part);
-          colors[at] = cell ? pick(table, cell.place) : 0; // this layer has fewer experts
+          const cell = map.formatAt(row, expert, parts === 1 && !isByDevice ? Number(show.value) : part);
+          const place = isByDevice ? placeOf(map.devices, map.device(row, expert)) : cell?.place;
+          colors[at] = cell ? pick(table, place) : 0; // this layer has fewer experts
           at += 1;
         }
       }
@@ -144,10 +154,11 @@ export function create() {
         title: t("bits"), values: map.bitsPerLayer, low: 0, high: Math.max(16, ...map.bitsPerLayer), text: (value) => format.number(value, 2),
       }],
     });
+    const kinds = isByDevice
+      ? map.devices.map((name) => ({ place: placeOf(map.devices, name), text: `${name} · ${t("device_experts", format.number(map.countOn(name)))}` }))
+      : map.formats.map((item) => ({ place: item.place, text: `${item.name} · ${t("bits_each", format.number(item.bits, 2))} · ${t("format_share", format.number(item.count))}` }));
     fill(legendHost,
-      map.formats.map((item) => h("span", { class: "legend-item" },
-        h("i", { class: "swatch", vars: { "--color": toCss(pick(table, item.place)) } }),
-        `${item.name} · ${t("bits_each", format.number(item.bits, 2))} · ${t("format_share", format.number(item.count))}`)),
+      kinds.map((kind) => h("span", { class: "legend-item" }, h("i", { class: "swatch", vars: { "--color": toCss(pick(table, kind.place)) } }), kind.text)),
       h("span", { class: "legend-item" }, h("i", { class: "swatch outline hot" }), t("hot_narrow", marked.hotNarrow.length)),
       h("span", { class: "legend-item" }, h("i", { class: "swatch outline cold" }), t("cold_wide", marked.coldWide.length)),
       h("span", { class: "legend-item" }, h("i", { class: "swatch corner" }), stagedCount),
@@ -194,12 +205,14 @@ export function create() {
     let isAny = false;
     for (const [row, expertId] of selected.values()) {
       map.projections.forEach((projection, part) => {
-        if (!boxes.get(projection).checked) return;
         const before = map.cell(row, expertId, part);
+        const change = {};
+        if (source.value && boxes.get(projection).checked && before.source !== source.value) change.source = source.value;
+        if (device.value && before.device !== device.value) change.device = device.value; // of the whole expert
         const name = map.name(row, expertId, part);
-        state.staged.delete(name);
-        if (!name || before.source === source.value) return;
-        state.staged.set(name, { name, layerId: map.layerIds[row], expertId, projection, source: source.value, before });
+        if (boxes.get(projection).checked || device.value) state.staged.delete(name);
+        if (!name || !Object.keys(change).length) return;
+        state.staged.set(name, { name, layerId: map.layerIds[row], expertId, projection, change, before });
         isAny = true;
       });
     }
@@ -211,8 +224,10 @@ export function create() {
   function showStaged() {
     const groups = new Map();
     for (const item of state.staged.values()) {
-      const key = JSON.stringify([item.layerId, item.source, item.before.source]);
-      if (!groups.has(key)) groups.set(key, { layerId: item.layerId, from: item.before.source, to: item.source, items: [] });
+      const { before, change } = item;
+      const what = [[before.source, change.source], [before.device, change.device]].flatMap(([from, to]) => (to ? `${from} → ${to}` : [])).join(", ");
+      const key = JSON.stringify([item.layerId, what]);
+      if (!groups.has(key)) groups.set(key, { layerId: item.layerId, what, items: [] });
       groups.get(key).items.push(item);
     }
     const what = name.value.trim() ? t("apply_named", name.value.trim()) : t("apply");
@@ -227,7 +242,7 @@ export function create() {
     const rows = [...groups.values()].map((group) => h("tr", {},
       h("td", { class: "num" }, String(group.layerId)),
       h("td", {}, expertRanges(group.items)),
-      h("td", {}, `${group.from} → ${group.to}`),
+      h("td", {}, group.what),
       h("td", { class: "num" }, String(group.items.length)),
       h("td", {}, h("button", {
         type: "button", class: "plain", "aria-label": t("remove"), title: t("remove"),
@@ -239,7 +254,7 @@ export function create() {
   // What is staged, as a change is asked for; null: nothing is.
   function stagedBody() {
     if (!state.staged.size) return null;
-    const mapping = Object.fromEntries([...state.staged.values()].map((item) => [item.name, item.source]));
+    const mapping = Object.fromEntries([...state.staged.values()].map(({ name: weight, change }) => [weight, change.device ? change : change.source]));
     return { weight_mapping: mapping, name: name.value.trim() || null };
   }
 
@@ -367,18 +382,27 @@ function readMap(answer) {
   formats.sort((a, b) => (b.bits ?? 0) - (a.bits ?? 0) || a.name.localeCompare(b.name));
   formats.forEach((item, index) => { item.place = formats.length > 1 ? 1 - index / (formats.length - 1) : 1; });
   const byName = new Map(formats.map((item) => [item.name, item]));
+  const primary = state.info?.device ?? "";
+  const devices = Object.keys(state.info?.devices ?? { [primary]: null }); // the one that the model runs on is the first
+  const device = (row, expert) => answer.devices?.[row]?.[expert] ?? primary;
   const formatAt = (row, expert, part) => byName.get(answer.formats[row][expert][part]);
   return {
     layerIds, numExperts, projections, formats, formatAt, totalBytes,
     isNarrow: answer.is_narrow, // per expert
     isWide: answer.is_wide,
     bitsPerLayer: answer.bits.map((row) => row.reduce((sum, bits) => sum + bits, 0) / row.filter((bits) => bits > 0).length),
+    devices, device,
+    countOn: (name) => answer.formats.reduce((sum, row, r) => sum + row.filter((parts, e) => parts.some(Boolean) && device(r, e) === name).length, 0),
     cell: (row, expert, part) => ({
       format: answer.formats[row][expert][part], source: answer.sources[row][expert][part], bytes: answer.bytes[row][expert][part],
+      device: device(row, expert),
     }),
     name: (row, expert, part) => answer.names[row][expert][part],
   };
 }
+
+// Where on a colour scale one of several names is.
+const placeOf = (names, name) => (names.length > 1 ? names.indexOf(name) / (names.length - 1) : 1);
 
 function findMarked(map, use, hotFrom, coldTo) {
   const hotNarrow = [];
