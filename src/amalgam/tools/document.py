@@ -25,6 +25,7 @@ One YAML file (`--config`), environment variables and flags, in rising order of 
 `--draft` for `speculation.kind` and `speculation.draft`. `amalgam serve` takes flags of
 [vLLM and llama-server](serving.md#coming-from-vllm-or-llama-server) too. `--source NAME=FOLDER` and
 `--map PATTERN=SOURCE` add a source and a rule to the file's; a source of the same name takes the place of the file's.
+`--map PATTERN=SOURCE@DEVICE` and `--device NAME=MEMORY` place [experts on devices](gpu/placement.md).
 Unknown keys are errors. `amalgam config` checks a configuration and shows each setting's value and where it comes from.
 
 **Types are those below, in the file too**; nothing is guessed. Text is taken as it is (`--host ::`, `--model 2024`,
