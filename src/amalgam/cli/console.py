@@ -169,6 +169,13 @@ def arrow(before: str, after: str) -> str:
     return before if before == after else f"{before} → {after}"
 
 
+def with_device(source: str, before: str | None, after: str | None) -> str:
+    """What is said of a source, with the devices that weights lie on; None: the one that the model runs on."""
+    if before is after is None:
+        return source
+    return f"{source}, {arrow(before or 'the model’s device', after or 'the model’s device')}"
+
+
 def named(names: Sequence[str], count: int) -> str:
     """The first few of `count` names."""
     return ", ".join(names[:_MAX_NAMED]) + (", …" if count > _MAX_NAMED else "")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from amalgam.cli.console import arrow, human_bytes, named, print_json, print_table, say
+from amalgam.cli.console import arrow, human_bytes, named, print_json, print_table, say, with_device
 from amalgam.cli.server import Server, address_of, key_of, no_server_of_ours
 from amalgam.config.settings import ServerSettings
 from amalgam.tools.difference import PlanDifference, checked_manifest, read_plan
@@ -44,7 +44,9 @@ def show_difference(places: tuple[str, str], found: PlanDifference, as_json: boo
         rows = [
             (
                 weight.name,
-                arrow(weight.source_before, weight.source_after),
+                with_device(
+                    arrow(weight.source_before, weight.source_after), weight.device_before, weight.device_after
+                ),
                 arrow(weight.format_before, weight.format_after),
                 human_bytes(weight.bytes_before),
                 human_bytes(weight.bytes_after),
@@ -56,8 +58,8 @@ def show_difference(places: tuple[str, str], found: PlanDifference, as_json: boo
         groups = [
             (
                 str(len(group)),
-                arrow(*key[:2]),
-                arrow(*key[2:]),
+                with_device(arrow(*key[:2]), *key[4:]),
+                arrow(*key[2:4]),
                 human_bytes(sum(weight.bytes_before for weight in group)),
                 human_bytes(sum(weight.bytes_after for weight in group)),
                 named([weight.name for weight in group], len(group)),

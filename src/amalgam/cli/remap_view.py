@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from datetime import datetime
 from typing import Any
 
-from amalgam.cli.console import arrow, human_bytes, named, print_table, say
+from amalgam.cli.console import arrow, human_bytes, named, print_table, say, with_device
 
 
 def told(status: Mapping[str, Any]) -> str:
@@ -29,6 +29,11 @@ def show_plan(plan: Mapping[str, Any]) -> None:
         f"{human_bytes(plan['peak_bytes'])} of memory at most ({human_bytes(plan['available_bytes'])} are available), "
         f"about {plan['seconds']:.1f} s. Nothing has changed."
     )
+    for name, device in plan.get("devices", {}).items():
+        say(
+            f"{name}: {human_bytes(device['new_bytes'])} to bring there, {human_bytes(device['available_bytes'])} are "
+            "available."
+        )
     if not plan["has_room"]:
         say("The change would be refused: there is not enough memory.")
 
@@ -38,7 +43,11 @@ def show_groups(groups: Sequence[Mapping[str, Any]]) -> None:
     rows = [
         (
             f"{group['num_weights']:,}",
-            arrow(group["source_before"], group["source_after"]),
+            with_device(
+                arrow(group["source_before"], group["source_after"]),
+                group.get("device_before"),
+                group.get("device_after"),
+            ),
             arrow(group["format_before"], group["format_after"]),
             human_bytes(group["bytes_before"]),
             human_bytes(group["bytes_after"]),

@@ -124,6 +124,4 @@ def _build(version: WeightVersion, layer_ids: tuple[int, ...], num_experts: int)
         for layer in layer_ids
     ]
     bits = 8 * nbytes.sum(axis=-1) / np.maximum(num_parameters.sum(axis=-1), 1)
-    return PrecisionMap(
-        layer_ids, num_experts, names("name"), names("format"), names("source"), devices, nbytes, bits
-    )
+    return PrecisionMap(layer_ids, num_experts, names("name"), names("format"), names("source"), devices, nbytes, bits)

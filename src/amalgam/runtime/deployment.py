@@ -363,7 +363,7 @@ class Deployment:
         served = self._served
         version = served.version
         document = self._digested(served) if sha256 else manifest(version.fingerprint, version.origins)
-        return describe_manifest(version, document, served.loader.devices.primary)
+        return describe_manifest(version, document)
 
     def _digested(self, served: ServedWeights) -> dict[str, Any]:
         if not self._hashing.acquire(blocking=False):

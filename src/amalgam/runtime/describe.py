@@ -160,15 +160,10 @@ def describe_speculation(speculator: Speculator, version: WeightVersion) -> dict
     }
 
 
-def describe_manifest(version: WeightVersion, document: dict[str, Any], primary: str) -> dict[str, Any]:
-    """A provenance manifest of `version`, with the layout that each weight has in memory, and the device it lies on.
-
-    Args:
-        primary: name of the device that the model runs on.
-    """
+def describe_manifest(version: WeightVersion, document: dict[str, Any]) -> dict[str, Any]:
+    """A provenance manifest of `version`, with the layout that each weight has in memory."""
     for weight in document["weights"]:
         weight["layout"] = version[weight["slot"]].layout.name
-        weight["device"] = weight["device"] or primary
     return {"version": version.version_id, **document}
 
 

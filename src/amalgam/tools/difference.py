@@ -26,7 +26,11 @@ MAX_MANIFEST_BYTES = 2**30
 
 @dataclass(frozen=True)
 class ChangedWeight:
-    """A weight that both plans have, from other bytes or in another format."""
+    """A weight that both plans have, from other bytes, in another format or on another device.
+
+    Attributes:
+        device_before, device_after: None: with the rest of the model.
+    """
 
     name: str
     source_before: str
@@ -35,6 +39,12 @@ class ChangedWeight:
     format_after: str
     bytes_before: int  # as stored
     bytes_after: int
+    device_before: str | None = None
+    device_after: str | None = None
+
+
+# Source, format and device, each before and after.
+Group = tuple[str, str, str, str, str | None, str | None]
 
 
 @dataclass(frozen=True)
@@ -56,11 +66,12 @@ class PlanDifference:
     bytes_after: int
 
     @property
-    def groups(self) -> dict[tuple[str, str, str, str], list[ChangedWeight]]:
-        """The changed weights by sources and formats before and after, the largest group first."""
-        found: dict[tuple[str, str, str, str], list[ChangedWeight]] = defaultdict(list)
+    def groups(self) -> dict[Group, list[ChangedWeight]]:
+        """The changed weights by what they were and are, the largest group first."""
+        found: dict[Group, list[ChangedWeight]] = defaultdict(list)
         for weight in self.changed:
-            found[weight.source_before, weight.source_after, weight.format_before, weight.format_after].append(weight)
+            sources, formats = (weight.source_before, weight.source_after), (weight.format_before, weight.format_after)
+            found[*sources, *formats, weight.device_before, weight.device_after].append(weight)
         return dict(sorted(found.items(), key=lambda item: -len(item[1])))
 
     def as_json(self) -> dict[str, Any]:
@@ -83,6 +94,8 @@ def difference(before: Mapping[str, Any], after: Mapping[str, Any]) -> PlanDiffe
             new["format"],
             _stored_bytes(old),
             _stored_bytes(new),
+            old["device"],
+            new["device"],
         )
         for name, old in first.items()
         if (new := second.get(name)) is not None and _identity(old) != _identity(new)
@@ -146,6 +159,7 @@ def checked_manifest(document: Any) -> dict[str, Any]:
                 "name": _text(weight, "name"),
                 "source": _text(weight, "source"),
                 "format": _text(weight, "format"),
+                "device": None if weight.get("device") is None else _text(weight, "device"),
                 "parts": [
                     {
                         "tensor": _text(part, "tensor"),
@@ -183,7 +197,7 @@ def _size(fields: Mapping[str, Any], name: str) -> int:
 
 def _identity(weight: Mapping[str, Any]) -> tuple[Any, ...]:
     parts = ((part["file"], part["tensor"], part["offset"], part["nbytes"]) for part in weight["parts"])
-    return (weight["format"], *parts)
+    return (weight["format"], weight["device"], *parts)
 
 
 def _stored_bytes(weight: Mapping[str, Any]) -> int:
