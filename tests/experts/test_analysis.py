@@ -186,12 +186,13 @@ def sides(hint: Hint) -> dict[str, str]:
 
 
 class Version:
-    """Weights of 2.0 bits for experts 0 to 3, of 16 for the others; 100 parameters each."""
+    """Weights of 2.0 bits for experts 0 to 3, of 16 for the others; 100 parameters each. One expert lies apart."""
 
     version_id = 1
 
     def __init__(self) -> None:
         self.origins = {}
+        self.devices = {f"layers.{LAYER_IDS[1]}.mlp.experts.2.{part}": "cuda" for part in ("gate", "up", "down")}
         for layer_id in LAYER_IDS:
             for expert_id in range(NUM_EXPERTS):
                 for part in ("gate", "up", "down"):
@@ -213,6 +214,7 @@ def test_the_precision_map_has_every_projection() -> None:
     assert found["formats"][0][3] == ["int2"] * 3 and found["sources"][2][4] == ["base"] * 3
     assert found["bytes"][1][0] == [25] * 3 and found["names"][1][7][2] == "l2.e7.down"
     assert (found["wide_bits"], found["narrow_bits"]) == (16, 2)
+    assert found["devices"][1] == [None, None, "cuda", *[None] * 5] and {*found["devices"][0]} == {None}
     assert found["bytes_by_format"] == {"bf16": 3 * 4 * 600, "int2": 3 * 4 * 75}
 
 

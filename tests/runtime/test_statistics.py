@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 
@@ -26,6 +26,8 @@ def test_a_set_is_not_merged_under_a_name_that_is_refused(tmp_path: Path, monkey
 
 class Version:
     """All experts are in one format, or all but the down projections."""
+
+    devices: ClassVar[dict[str, str]] = {}
 
     def __init__(self, name: str, down: str) -> None:
         formats = {"gate": name, "up": name, "down": down}

@@ -213,6 +213,7 @@ class FakeVersion:
         self.version_id = version_id
         self.origins: dict[str, Any] = {}
         self.weights: dict[str, Any] = {}
+        self.devices: dict[str, str] = {}
 
     def __getitem__(self, slot: str) -> Any:
         return self.weights[slot]

@@ -248,7 +248,7 @@ export function create() {
         type: "button", class: "plain", "aria-label": t("remove"), title: t("remove"),
         onclick: () => { for (const item of group.items) state.staged.delete(item.name); emit("staged"); },
       }, "×"))));
-    fill(list, table([t("layer"), t("nav_usage"), t("source"), t("weights_count"), ""], rows));
+    fill(list, table([t("layer"), t("nav_usage"), t("what"), t("weights_count"), ""], rows));
   }
 
   // What is staged, as a change is asked for; null: nothing is.
