@@ -26,7 +26,7 @@ from typing import Any
 
 import numpy as np
 
-from amalgam.config.settings import Rule, ServerSettings, Settings, build_rules, build_settings
+from amalgam.config.settings import Placement, Rule, ServerSettings, Settings, build_rules, build_settings
 from amalgam.engine.generation_config import ModelDefaults
 from amalgam.engine.meter import Load, Meter
 from amalgam.engine.params import SamplingParams
@@ -344,6 +344,8 @@ class FakeDeployment:
 
     def changed(self, name: str, source: Any) -> WeightChange:
         """A weight, once it comes from a source."""
+        if isinstance(source, Placement):
+            return WeightChange(name, "base", source.source or "base", "bf16", "bf16", 4, 4, None, source.device)
         return WeightChange(name, "base", source, "bf16", source, 4, 2)
 
     def undo_weight_mapping(self, version_id: int) -> Any:
@@ -408,6 +410,8 @@ class WeightChange:
     format_after: str
     bytes_before: int
     bytes_after: int
+    device_before: str | None = None
+    device_after: str | None = None
 
 
 def fake_settings(**server: Any) -> Settings:

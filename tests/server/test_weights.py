@@ -164,3 +164,19 @@ def test_health_and_ready(client: httpx.Client, deployment: FakeDeployment) -> N
         assert client.get(path).status_code == 503
     assert client.get("/").json()["status"] == "failed"
     assert client.post("/generate", json={"prompt": "a"}).status_code == 503
+
+
+@pytest.mark.parametrize("value", [{}, {"source": None}, {"device": "tpu"}, {"sorce": "fp8"}, ["fp8"], 8])
+def test_a_placement_that_says_nothing_or_something_else_is_refused(client: httpx.Client, value: Any) -> None:
+    answer = client.post("/update_weight_mapping", json={"weight_mapping": {"a.weight": value}})
+    assert (answer.status_code, answer.json()["error"]["type"]) == (422, "invalid_request")
+
+
+def test_a_rule_may_say_a_device(client: httpx.Client, deployment: FakeDeployment) -> None:
+    mapping = {"a.weight": {"source": "int4", "device": "cuda:0"}, "b.weight": {"device": "cpu"}, "c.weight": "fp8"}
+    assert client.post("/update_weight_mapping", json={"weight_mapping": mapping}).status_code == 200
+    assert [rule.model_dump() for rule in deployment.rules] == [
+        {"pattern": "a.weight", "source": "int4", "device": "cuda"},
+        {"pattern": "b.weight", "device": "cpu"},
+        {"pattern": "c.weight", "source": "fp8"},
+    ]

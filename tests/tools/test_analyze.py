@@ -465,7 +465,8 @@ def test_the_older_name_of_the_command_works_as_written(tmp_path: Path) -> None:
     assert "Qwen3MoeForCausalLM" in done.stdout
     assert "no dense MLP layers" in done.stdout
     mixed = load_settings(tmp_path / "OUT.yaml", environ={}).model.mixed_precision
-    assert mixed.model_dump()["weight_mapping"] == {"model.layers.*.self_attn.*": "fp16", "model.layers.*.mlp.experts.*": "int4"}
+    mapping = {"model.layers.*.self_attn.*": "fp16", "model.layers.*.mlp.experts.*": "int4"}
+    assert mixed.model_dump()["weight_mapping"] == mapping
     loader_of(tmp_path / "OUT.yaml").choose()
 
 
