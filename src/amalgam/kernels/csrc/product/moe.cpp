@@ -19,7 +19,7 @@ namespace {
 constexpr int64_t kItemsPerThread = 12;
 constexpr int64_t kElementsPerSum = 1 << 13, kMinColumns = 256;  // of one item of the weighted sum
 constexpr int64_t kElementsPerCopy = 1 << 14;
-constexpr int64_t kNoExpert = -1;  // an id whose expert lies elsewhere
+constexpr int64_t kNoExpert = -1;         // an id whose expert lies elsewhere
 constexpr int64_t kRowsPerPanelRead = 8;  // rows whose arithmetic takes about as long as reading the panel
 
 struct Active {
@@ -221,15 +221,14 @@ void expert_outputs(const Execution& execution, const ExpertsArgs& args, float* 
     if (routing.active.empty()) return;
     const float* parts = outputs_of(execution, args, routing, workspace);
     const int64_t hidden = args.experts->front().gate->matrix().columns, pairs = args.tokens * args.num_active;
-    parallel_ranges(pairs, std::max<int64_t>(1, kElementsPerCopy / hidden), execution.num_threads,
-                    [&](int64_t begin, int64_t end) {
-                        for (int64_t pair = begin; pair < end; ++pair) {
-                            const int64_t slot = routing.slots[pair];
-                            if (slot < 0) continue;
-                            std::memcpy(out + pair * hidden, parts + slot * hidden,
-                                        static_cast<size_t>(hidden) * sizeof(float));
-                        }
-                    });
+    parallel_ranges(
+        pairs, std::max<int64_t>(1, kElementsPerCopy / hidden), execution.num_threads, [&](int64_t begin, int64_t end) {
+            for (int64_t pair = begin; pair < end; ++pair) {
+                const int64_t slot = routing.slots[pair];
+                if (slot < 0) continue;
+                std::memcpy(out + pair * hidden, parts + slot * hidden, static_cast<size_t>(hidden) * sizeof(float));
+            }
+        });
 }
 
 void weighted_sum(const Execution& execution, const float* outputs, const float* gate_weights, int64_t tokens,
