@@ -194,10 +194,9 @@ def _exact(
     model.a_matrix_.index_ = np.column_stack([numbers, np.full(len(places), num_items)]).ravel()
     model.a_matrix_.value_ = np.column_stack([np.ones(len(places)), costs / unit]).ravel()
     model.integrality_ = [highspy.HighsVarType.kInteger] * len(places)
-    solver = _silent_solver()
+    solver = silent_solver()
     solver.setOptionValue("time_limit", seconds)
     solver.setOptionValue("mip_rel_gap", gap / 4)
-    solver.setOptionValue("threads", 1)
     solver.passModel(model)
     solver.run()
     info = solver.getInfo()
@@ -217,7 +216,7 @@ def _exact(
     return choice, bound
 
 
-def _silent_solver() -> highspy.Highs:
+def silent_solver() -> highspy.Highs:
     """HiGHS greets on stdout when it is made, before it can be told not to; only results belong there."""
     flush = ctypes.CDLL(None).fflush
     sys.stdout.flush()
@@ -232,4 +231,5 @@ def _silent_solver() -> highspy.Highs:
         os.close(own)
         os.close(nowhere)
     solver.silent()
+    solver.setOptionValue("threads", 1)  # all solvers of a process share their threads, and have to agree
     return solver
