@@ -10,6 +10,7 @@ import yaml
 from tests.planning.conftest import small, texts
 
 from amalgam.cli import main
+from amalgam.config.reading import load_settings
 from amalgam.tools import plan
 
 __all__ = ["small"]
@@ -144,3 +145,31 @@ def test_too_little_text_is_refused_before_anything_is_measured(
     planning = ["plan", "--config", str(config), "--text", str(file), "--cache", str(cache), "--budget", "4bpw"]
     code, _, err = run(capsys, *planning)
     assert code == 2 and "too few" in err and not cache.exists()
+
+
+def test_two_devices_are_filled(
+    capsys: pytest.CaptureFixture[str], config: Path, text: Path, cache: Path, tmp_path: Path
+) -> None:
+    """The card cannot hold all: the most used experts lie there, the others on the processors, none in pieces."""
+    out = tmp_path / "split.yaml"
+    shared = ["--config", str(config), "--text", str(text), "--cache", str(cache), "--context", "128", "--checks", "0"]
+    budget = "cuda=20MB@1000GB/s,cpu=2MB@50GB/s"
+    code, printed, err = run(capsys, "plan", *shared, "--budget", budget, "--slack", "0.5", "--out", str(out), "--json")
+    assert code == 0, err
+    report = json.loads(printed)
+    near, far = report["shares"]
+    assert near["device"]["name"] == "cuda" and near["is_primary"] and near["num_experts"] + far["num_experts"] == 32
+    for share in (near, far):
+        taken = share["dense_bytes"] + share["expert_bytes"] + share["other_bytes"]
+        assert taken <= share["device"]["budget_bytes"]
+        assert share["seconds"] == pytest.approx(share["read_bytes"] / share["device"]["bandwidth"], rel=1e-3)
+    assert near["activations"] + far["activations"] == pytest.approx(1) and far["dense_bytes"] == 0
+    written = yaml.safe_load(out.read_text())
+    assert written["inference"]["device_map"] == "cuda" and list(written["inference"]["devices"]) == ["cuda", "cpu"]
+    settings = load_settings(out, {"inference.device_map": "cpu"}, environ={})
+    placed = [rule for rule in settings.model.mixed_precision.all_rules if "experts" in rule.pattern]
+    assert {rule.device for rule in placed} == {"cuda", "cpu"} and all(rule.source for rule in placed)
+
+    code, printed, err = run(capsys, "plan", *shared, "--budget", "cuda=1MB,cpu=2MB")
+    assert code != 0 and "cuda" in err
+    assert run(capsys, "plan", *shared, "--budget", "4.2bpw", "--slack", "0.5")[0] == 2

@@ -14,7 +14,7 @@ from amalgam.config.settings import ServerSettings, Settings
 from amalgam.errors import ConfigError
 
 _PLANNING = "Planning for a budget"
-_TOKENS, _WINDOW, _CHECKS = 16384, 256, 1  # what planning takes where nothing is said
+_TOKENS, _WINDOW, _CHECKS, _SLACK = 16384, 256, 1, 0.01  # what planning takes where nothing is said
 
 
 @with_settings(needs_model=False)
@@ -43,8 +43,10 @@ def command(
     budget: Annotated[
         str | None,
         typer.Option(
-            metavar="40GB|4.5bpw|30tok/s",
-            help="Choose each weight's source for this budget, and prove the choice on held-out text.",
+            metavar="40GB|4.5bpw|30tok/s|cuda=24GB,cpu=128GB",
+            help="Choose each weight's source for this budget, and prove the choice on held-out text. With several "
+            "devices, choose where experts lie, too; 24GB@1008GB/s says how fast a device is read, and rtx-4090 or "
+            "another known card stands for both.",
             rich_help_panel=_PLANNING,
         ),
     ] = None,
@@ -109,6 +111,16 @@ def command(
     num_sequences: Annotated[
         int, typer.Option("--sequences", min=1, help="How many such sequences.", rich_help_panel=_PLANNING)
     ] = 1,
+    slack: Annotated[
+        float,
+        typer.Option(
+            min=0,
+            max=1,
+            help="With several devices: how much more divergence than the least may be expected, as a share, for a "
+            "faster step.",
+            rich_help_panel=_PLANNING,
+        ),
+    ] = _SLACK,
     out: Annotated[
         Path | None,
         typer.Option(metavar="OUT.yaml", help="Write the configuration that `serve` takes.", rich_help_panel=_PLANNING),
@@ -139,6 +151,7 @@ def command(
         "--checks": checks != _CHECKS,
         "--context": context,
         "--sequences": num_sequences != 1,
+        "--slack": slack != _SLACK,
         "--out": out,
         "--frontier": frontier,
         "--cache": cache,
@@ -169,6 +182,8 @@ def command(
         )
     if out is None:
         refuse_unused({"--force": force}, "--out", "Add --out.")
+    if "=" not in budget:
+        refuse_unused({"--slack": slack != _SLACK}, "--budget of several devices", "Such as cuda=24GB,cpu=128GB.")
     from amalgam.cli.plan_view import plan_for_budget
     from amalgam.planning.problem import parse_floor
     from amalgam.tools.evaluate import TextOptions
@@ -184,6 +199,7 @@ def command(
         context,
         num_sequences,
         cache=cache,
+        slack=slack,
     )
     plan_for_budget(settings, options, budget, out, config_file, frontier, force=force, as_json=as_json)
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -11,6 +11,7 @@ from amalgam.cli.console import human_bytes, interval, note, print_json, print_t
 from amalgam.config.settings import Settings
 
 if TYPE_CHECKING:
+    from amalgam.planning.devices import Share
     from amalgam.planning.sensitivity import Cost
     from amalgam.tools.plan import PlanOptions, PlanReport
 
@@ -88,6 +89,8 @@ def _show(report: PlanReport) -> None:
         f"{human_bytes(report.other_bytes)} of KV cache and workspace. The choice is within {report.gap:.2%} of the "
         f"best by expected divergence (HiGHS, {report.solve_seconds:.1f} s)."
     )
+    if report.shares:
+        _show_shares(report)
     if report.tokens_per_second is not None:
         expected, measured = report.tokens_per_second
         say(f"One sequence: {expected:.1f} tok/s expected, {measured:.1f} measured.")
@@ -114,6 +117,50 @@ def _show(report: PlanReport) -> None:
         ]
         columns = ("part", "layers", "expected", "measured", "factor")
         print_table(columns, cells, "Sensitivities checked: what taking a group back to base removes")
+
+
+def _show_shares(report: PlanReport) -> None:
+    """What lies where, and why."""
+    rows = [
+        (
+            share.device.name,
+            human_bytes(share.device.budget_bytes),
+            human_bytes(share.dense_bytes),
+            f"{share.num_experts} ({_range(share.of_layer)} of a layer)",
+            human_bytes(share.expert_bytes),
+            human_bytes(share.other_bytes) if share.is_primary else "",
+            human_bytes(share.device.budget_bytes - share.nbytes),
+            f"{share.activations:.1%}",
+            human_bytes(share.read_bytes),
+            "not known" if share.seconds is None else f"{share.seconds * 1e3:.2f} ms",
+        )
+        for share in report.shares
+    ]
+    columns = (
+        "device", "budget", "dense", "experts", "take", "KV, workspace", "spare", "activations", "a step reads", "in",
+    )  # fmt: skip
+    print_table(columns, rows, "What lies where")
+    first = next(share for share in report.shares if share.is_primary)
+    say(
+        f"{first.device.name} computes everything dense and holds the KV cache. Its experts have "
+        f"{first.activations:.1%} of the activations with {_share_of_bytes(first, report.shares):.1%} of the experts' "
+        "bytes; a step's others are computed where they lie, at the same time."
+    )
+    for share in report.shares:
+        rate = "" if share.device.bandwidth is None else f"{share.device.bandwidth / 1e9:,.0f} GB/s, "
+        say(f"{share.device.name} is read at: {rate}{share.device.origin}.")
+    say(
+        f"Times are bytes over bandwidths, expected and not measured; within {report.seconds_gap:.2%} of the fastest "
+        "placement of this quality."
+    )
+
+
+def _share_of_bytes(share: Share, shares: Sequence[Share]) -> float:
+    return share.expert_bytes / max(1, sum(each.expert_bytes for each in shares))
+
+
+def _range(ends: tuple[int, int]) -> str:
+    return str(ends[0]) if ends[0] == ends[1] else f"{ends[0]}–{ends[1]}"
 
 
 def _listed(sources: Mapping[str, int]) -> str:

@@ -15,8 +15,10 @@ from amalgam.errors import PlanError
 from amalgam.evaluation.confidence import Interval
 from amalgam.planning.budget import Budget
 from amalgam.planning.corrections import Check, corrected
+from amalgam.planning.devices import Devices
 from amalgam.planning.knapsack import Solution, solve
 from amalgam.planning.losses import Floats, costs, losses
+from amalgam.planning.placement import Placement, can_hold, place, place_chosen
 from amalgam.planning.problem import Problem
 from amalgam.planning.proof import DECIDING, HAND, UNIFORM, Scale, Verdict, judge
 from amalgam.planning.recipes import hand_recipes, random_plan, uniforms, usage_only
@@ -93,6 +95,7 @@ class Plan:
         solution: the planner's own; its certificate is about expected losses.
         verdict: which choice is returned, by measurement.
         checks: of sensitivities, by group.
+        placement: where the weights of the choice that is returned lie; None: there is one device.
     """
 
     budget: Budget
@@ -100,6 +103,7 @@ class Plan:
     verdict: Verdict
     checks: Sequence[Check] = ()
     remarks: Sequence[str] = ()
+    placement: Placement | None = None
 
 
 @dataclass
@@ -111,6 +115,8 @@ class Planner:
         held_out: measures choices on others.
         speed: for budgets of speed.
         other_bytes: of KV cache and workspace.
+        devices: for budgets of several devices.
+        slack: see `place`.
     """
 
     problem: Problem
@@ -122,6 +128,8 @@ class Planner:
     other_bytes: int = 0
     rounds: int = 1
     progress: Progress | None = None
+    devices: Devices | None = None
+    slack: float = 0.01
     _losses: Floats | None = field(default=None, repr=False)
 
     @property
@@ -136,6 +144,9 @@ class Planner:
         Raises:
             PlanError: the smallest plan is above the budget.
         """
+        if budget.devices:
+            assert self.devices is not None, "devices are looked at first"
+            return Costs(self.devices.least_memory, sum(each.limit for each in self.devices.places()))
         return costs_within(budget, self.problem, self.other_bytes, self.speed)
 
     def plan(self, budget: Budget) -> Plan:
@@ -144,16 +155,40 @@ class Planner:
             PlanError: the smallest plan is above the budget.
         """
         cost, found = self.costs(budget), self.losses
-        solution = solve(found, cost.values, cost.budget)
+        solution, placement = self._solved(found, cost, budget)
         checks: list[Check] = []
         for _ in range(self.rounds if self.calibration is not None else 0):
             assert self.calibration is not None
             background = [int(index) for index in solution.choice]
             found, checks = corrected(self.problem, self.losses, self.calibration, background, progress=self.progress)
-            solution = solve(found, cost.values, cost.budget)
+            solution, placement = self._solved(found, cost, budget)
         choice = [int(index) for index in solution.choice]
-        verdict = judge(self.held_out, choice, self.rivals(cost, found))
-        return Plan(budget, solution, verdict, checks, self._remarks(cost, verdict))
+        verdict = judge(self.held_out, choice, self._fitting(self.rivals(cost, found), budget))
+        if self.devices is not None and placement is not None and list(verdict.choice) != choice:
+            placement = place_chosen(verdict.choice, self.devices.places(), self.devices.groups)
+        return Plan(budget, solution, verdict, checks, self._remarks(cost, verdict), placement)
+
+    def _solved(self, found: Floats, cost: Costs, budget: Budget) -> tuple[Solution, Placement | None]:
+        if not budget.devices:
+            return solve(found, cost.values, cost.budget), None
+        assert self.devices is not None
+        placement = place(found, self.devices.places(), self.devices.groups, slack=self.slack)
+        return placement.as_solution(cost.values), placement
+
+    def _fitting(
+        self, rivals: Mapping[str, Mapping[str, list[int]]], budget: Budget
+    ) -> Mapping[str, Mapping[str, list[int]]]:
+        """Those that the devices can hold; none where no weight has a choice of sources."""
+        if not any(len(item.options) > 1 for item in self.problem.items):
+            return {}
+        if not budget.devices:
+            return rivals
+        assert self.devices is not None
+        places, groups = self.devices.places(), self.devices.groups
+        return {
+            kind: {name: choice for name, choice in named.items() if can_hold(choice, places, groups)}
+            for kind, named in rivals.items()
+        }
 
     def rivals(self, cost: Costs, found: Floats, seed: int = 0) -> dict[str, dict[str, list[int]]]:
         """Kind → name → choice."""

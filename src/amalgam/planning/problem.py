@@ -38,7 +38,7 @@ class Option:
 
 @dataclass(frozen=True)
 class Item:
-    """One weight that has a choice.
+    """One weight that has a choice, of sources or of devices.
 
     Attributes:
         part: gate, up or down of an expert; the slot's last word of others.
@@ -99,8 +99,8 @@ class Problem:
         return {name: source for name, source in chosen if source != BASE_SOURCE}
 
     def uniform(self, source: str) -> list[int] | None:
-        """Every weight from one source; None where one lacks it."""
-        found = [item.index_of(source) for item in self.items]
+        """Every weight that has a choice from one source; None where one lacks it."""
+        found = [item.index_of(source) if len(item.options) > 1 else 0 for item in self.items]
         return None if None in found else [index for index in found if index is not None]
 
 
@@ -110,6 +110,7 @@ def problem_of(
     floors: Mapping[str, str] | None = None,
     *,
     compares: bool = True,
+    places: bool = False,
 ) -> Problem:
     """Every weight that some sources hold in different precisions.
 
@@ -117,6 +118,7 @@ def problem_of(
         sources: which may be chosen from; None: all that are declared.
         floors: pattern → source: weights that match take no option with fewer bytes than in that source.
         compares: whether to leave out sources whose weights cannot stand beside base's.
+        places: whether experts can lie on several devices, so that those of one source have a choice, too.
 
     Raises:
         PlanError: no weight has a choice; a floor matches none or names a source that does not hold it.
@@ -137,7 +139,7 @@ def problem_of(
     items, fixed_stored, fixed_memory = [], 0, 0
     for name, weight in base.items():
         options = _options(loader, name, weight, usable)
-        if len(options) < 2:
+        if len(options) < 2 and not (places and options and weight.slot.role == "expert"):
             fixed_stored += _stored_bytes(weight)
             fixed_memory += weight.memory_bytes
             continue

@@ -515,7 +515,7 @@ def _budget_of(text: str, name: str) -> Budget | None:
     if not text:
         return None
     budget = parse_budget(text)
-    if budget.kind == "speed":
+    if budget.kind == "speed" or budget.devices:
         raise ConfigError(f"{name} is {text!r}.", remedy="Give bytes or bits: 40GB, 4.5bpw.")
     return budget
 

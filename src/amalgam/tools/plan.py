@@ -29,15 +29,17 @@ from amalgam.experts.saved.sets import SavedSet
 from amalgam.models.kv_cache import KVCache, kv_type
 from amalgam.planning.budget import Budget, parse_budget
 from amalgam.planning.corrections import Check
+from amalgam.planning.devices import Devices, Share, device_of, divide
 from amalgam.planning.drawing import frontier_html
+from amalgam.planning.placement import Placement
 from amalgam.planning.planner import Plan, Planner, costs_within
-from amalgam.planning.problem import problem_of
+from amalgam.planning.problem import Problem, problem_of
 from amalgam.planning.proof import Rival, Scale, check_units
 from amalgam.planning.scores import Scores, scores
 from amalgam.planning.sensitivity import Cost, Sensitivities, SensitivityStudy
 from amalgam.planning.speed import SpeedModel, measure_speed, step_seconds
 from amalgam.planning.use import Use, use_of_set, use_of_texts
-from amalgam.planning.writing import rules_of, write_config
+from amalgam.planning.writing import Said, rules_of, write_config
 from amalgam.runtime.derive import ensure_derived
 from amalgam.runtime.speculation import draft_bytes
 from amalgam.runtime.threads import set_threads
@@ -63,6 +65,8 @@ class PlanOptions:
         context, sequences: what the KV cache has room for, in a budget of bytes.
         cache: folder of sensitivities; None: the user's own.
         splits: whether, without `held_out`, a part of the texts is held out.
+        slack: how much more divergence than the least may be expected, as a share, where devices are filled, for a
+            faster step.
     """
 
     texts: TextOptions
@@ -76,6 +80,7 @@ class PlanOptions:
     draws: int = 2
     cache: Path | None = None
     splits: bool = True
+    slack: float = 0.01
 
 
 @dataclass(frozen=True)
@@ -103,12 +108,14 @@ class PlanReport:
         plan_divergence: of the planner's own choice, which is returned if it is accepted.
         other_bytes: KV cache and workspace.
         tokens_per_second: expected and measured, of one sequence; None unless the budget is one of speed.
+        shares: what lies on each device; empty: there is one.
+        seconds_gap: how much slower a step may be than the fastest within the slack, as a share.
     """
 
     budget: str
     is_accepted: bool
     chosen: str
-    rules: Mapping[str, str]
+    rules: Mapping[str, Said]
     bits_per_weight: float
     weights_bytes: int
     other_bytes: int
@@ -121,6 +128,8 @@ class PlanReport:
     checks: Sequence[Check]
     tokens_per_second: tuple[float, float] | None
     remarks: Sequence[str]
+    shares: Sequence[Share] = ()
+    seconds_gap: float = 0.0
 
     def as_json(self) -> dict[str, Any]:
         document = asdict(self)
@@ -142,8 +151,13 @@ class Studio:
         options: PlanOptions,
         progress: Progress | None = None,
         announce: Callable[[Cost], None] = lambda cost: None,
+        *,
+        places: bool = False,
     ) -> None:
         """
+        Args:
+            places: whether experts can lie on several devices.
+
         Raises:
             AmalgamError: no weight has a choice, texts that cannot be read or are too short, damaged sources.
         """
@@ -155,7 +169,7 @@ class Studio:
         self._announce = announce
         device = torch.device("cpu")
         self.loader = ModelLoader(settings.model, settings.inference, device, settings.engine.num_load_threads)
-        self.problem = problem_of(self.loader, options.sources, options.floors)
+        self.problem = problem_of(self.loader, options.sources, options.floors, places=places)
         tokenizer = Tokenizer.load(self.loader.base_folder, self.loader.base_metadata)
         tokenizer.check_vocabulary(self.loader.spec.vocab_size)
         self.calibration, self.held_out = self._samples(tokenizer)
@@ -178,7 +192,7 @@ class Studio:
         """
         if self.options.use is not None:
             _ = self.use
-        if budget.kind != "speed":
+        if budget.kind != "speed" and not budget.devices:
             costs_within(budget, self.problem, self.other_bytes)
         for sample in (self.held_out, self.calibration) if self.options.checks else (self.held_out,):
             check_units(sample)
@@ -219,7 +233,36 @@ class Studio:
         planned = self.loader.plan(())
         return open_contestant("base", self.loader, planned, dtype, self.options.texts.window, self._progress)
 
-    def planner(self, base: Contestant, *, needs_speed: bool = False) -> Planner:
+    def devices(self, budget: Budget) -> Devices:
+        """The devices of a budget, with what each weight takes there."""
+        loader, problem = self.loader, self.problem
+        held = {each.name: self._held_on(each.name.partition(":")[0]) for each in budget.devices}
+        chosen = {item.name for item in problem.items}
+        is_tied = loader.spec.has_tied_head
+        # All that is multiplied is read at each step, and an embedding that is no head is looked up.
+        kept = (w for w in loader.plan(()) if w.choice.name not in chosen)
+        reads = sum(w.memory_bytes for w in kept if w.slot.role != "embedding" or is_tied)
+        return divide(
+            problem,
+            held,
+            [device_of(each) for each in budget.devices],
+            budget.primary,
+            self.use,
+            fixed_reads=reads,
+            other_bytes=self.other_bytes,
+            sequences=self.options.sequences,
+            has_tied_head=is_tied,
+        )
+
+    def _held_on(self, kind: str) -> Problem:
+        """The same problem with the bytes that weights take on a kind of device."""
+        if kind == self.loader.device.type:
+            return self.problem
+        settings, options = self.settings, self.options
+        loader = ModelLoader(settings.model, settings.inference, torch.device(kind), settings.engine.num_load_threads)
+        return problem_of(loader, options.sources, options.floors, compares=False, places=True)
+
+    def planner(self, base: Contestant, wanted: Budget | None = None) -> Planner:
         """
         Raises:
             ConfigError: the held-out texts are too short for confidence, or no language to the model.
@@ -231,7 +274,7 @@ class Studio:
         checked = None
         if self.options.checks:
             checked = Scale(self.problem, Reference(base, self.calibration, self._progress), self._progress)
-        speed = self._speed(base) if needs_speed else None
+        speed = self._speed(base) if wanted is not None and wanted.kind == "speed" else None
         return Planner(
             self.problem,
             self.sensitivities,
@@ -242,6 +285,8 @@ class Studio:
             self.other_bytes,
             self.options.checks,
             self._progress,
+            self.devices(wanted) if wanted is not None and wanted.devices else None,
+            self.options.slack,
         )
 
     def _speed(self, base: Contestant) -> SpeedModel:
@@ -275,14 +320,15 @@ def make_plan(
     wanted = parse_budget(budget)
     if out is not None and out.exists() and not force:
         raise ConfigError(f"{out} exists already.", remedy="Choose another name, or give --force.")
-    studio = Studio(settings, options, progress, announce)
+    studio = Studio(settings, options, progress, announce, places=bool(wanted.devices))
     studio.check(wanted)
     base = studio.base()
-    planner = studio.planner(base, needs_speed=wanted.kind == "speed")
+    planner = studio.planner(base, wanted)
     found = planner.plan(wanted)
     report = _report(studio, planner, found, base)
     if out is not None:
-        write_config(out, settings, report.rules, _comments(report), config, force=force)
+        room = _room(report) if report.shares else None
+        write_config(out, settings, report.rules, _comments(report), config, devices=room, force=force)
     if frontier is not None:
         points = planner.frontier(_budgets(planner, wanted))
         page = frontier_html(points, plan_name(settings), f"{planner.held_out.reference.sample.num_tokens} tokens")
@@ -292,9 +338,12 @@ def make_plan(
 
 
 def _report(studio: Studio, planner: Planner, found: Plan, base: Contestant) -> PlanReport:
-    problem, verdict = studio.problem, found.verdict
-    rules = rules_of(studio.loader, problem, verdict.choice)
-    planned = studio.loader.plan(build_rules(rules))  # as `serve` will: all sources are compared with each other
+    problem, verdict, devices = studio.problem, found.verdict, planner.devices
+    rules = rules_of(studio.loader, problem, verdict.choice, *_devices_of(devices, found.placement))
+    sources = {pattern: what if isinstance(what, str) else what["source"] for pattern, what in rules.items()}
+    planned = studio.loader.plan(build_rules(sources))  # as `serve` will: all sources are compared with each other
+    shares = [] if devices is None or found.placement is None else devices.shares(found.placement, studio.use)
+    weights = sum(share.dense_bytes + share.expert_bytes for share in shares)
     speed = None
     if planner.speed is not None:
         plan = base.with_plan("the plan", planned)
@@ -305,7 +354,7 @@ def _report(studio: Studio, planner: Planner, found: Plan, base: Contestant) -> 
         verdict.chosen,
         rules,
         problem.bits_per_weight(verdict.choice),
-        problem.fixed_memory + problem.memory_bytes(verdict.choice),
+        weights or problem.fixed_memory + problem.memory_bytes(verdict.choice),
         studio.other_bytes,
         verdict.divergence,
         planner.held_out.divergence("plan", [int(index) for index in found.solution.choice]),
@@ -316,7 +365,23 @@ def _report(studio: Studio, planner: Planner, found: Plan, base: Contestant) -> 
         found.checks,
         speed,
         found.remarks,
+        shares,
+        0.0 if found.placement is None else found.placement.seconds_gap,
     )
+
+
+def _devices_of(devices: Devices | None, placement: Placement | None) -> tuple[Sequence[str], str]:
+    """Where each item lies, and the primary device."""
+    if devices is None or placement is None:
+        return (), ""
+    names = [device.name for device in devices.devices]
+    return [names[index] for index in placement.places], names[devices.primary]
+
+
+def _room(report: PlanReport) -> dict[str, int]:
+    """Device → what weights may take there, the primary one first."""
+    ordered = sorted(report.shares, key=lambda share: not share.is_primary)
+    return {share.device.name: share.device.budget_bytes - share.other_bytes for share in ordered}
 
 
 def _kinds(planner: Planner, choice: Sequence[int]) -> list[Kind]:
@@ -346,6 +411,11 @@ def _comments(report: PlanReport) -> list[str]:
         f"{'the plan' if report.is_accepted else report.chosen}, {report.bits_per_weight:.3f} bits a weight, "
         f"{report.weights_bytes / 1e6:.1f} MB of weights.",
         f"KL divergence from base on held-out texts: {value.value:.5f}{interval} nats a token.",
+        *(
+            f"{share.device.name}: {share.num_experts} experts with {share.activations:.1%} of the activations, "
+            f"{share.nbytes / 1e6:.1f} MB of {share.device.budget_bytes / 1e6:.1f} in use."
+            for share in report.shares
+        ),
         *(
             f"{rival.kind} ({rival.name}): {rival.divergence.value:.5f}; the plan's is "
             f"{rival.difference.value:+.1%} of it."
