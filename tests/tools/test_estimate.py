@@ -15,6 +15,7 @@ from amalgam.checkpoint.store import TensorStore
 from amalgam.cli import main
 from amalgam.cli.console import human_bytes
 from amalgam.config.reading import load_settings
+from amalgam.planning.cards import parse_card
 from amalgam.tools.estimate import estimate
 from tests.conftest import DEMO, ROOT
 
@@ -22,6 +23,7 @@ FILL_THE_CACHE = """
 import json, sys
 from amalgam import LLM, SamplingParams
 from amalgam.config.reading import load_settings
+from amalgam.planning.cards import parse_card
 from amalgam.tools.estimate import estimate
 overrides = {"inference.max_batch_size": 16, "inference.max_seq_length": 1024, "engine.num_threads": 1}
 found = estimate(load_settings(sys.argv[1], overrides))
@@ -104,3 +106,31 @@ def test_the_command_shows_each_part(demo_config: Path, capsys: pytest.CaptureFi
 def test_the_command_says_what_does_not_fit(demo_config: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["estimate", "--config", str(demo_config), "--batch", "100000000"]) == 0
     assert "does NOT fit" in capsys.readouterr().out
+
+
+def test_a_card_that_is_not_here_is_asked_about(demo_config: Path) -> None:
+    settings = load_settings(demo_config, environ={})
+    here, there = estimate(settings, 128, 1), estimate(settings, 128, 1, parse_card("25MB@1000GB/s", "--gpu"))
+    assert [each.name for each in here.devices] == ["cpu"] and here.devices[0].seconds is None
+    [card] = there.devices
+    assert card.name == "cuda" and there.available_bytes == 25 * 10**6 == card.available_bytes
+    assert there.fits == card.fits == (there.total_bytes <= 25 * 10**6) and card.total_bytes == there.total_bytes
+    # A quarter of the experts' weights, everything else but what is looked up; the head is the embedding.
+    assert card.read_bytes == card.dense_bytes + card.expert_bytes // 4
+    assert card.seconds == card.read_bytes / 1e12
+
+
+def test_experts_elsewhere_count_there(demo_config: Path) -> None:
+    whole = estimate(load_settings(demo_config, environ={}), 128, 1)
+    rule = {"pattern": "model.layers.*.mlp.experts.{0-7}.*", "device": "cpu:1"}
+    settings = load_settings(demo_config, environ={})
+    mixed = settings.model.mixed_precision.model_dump() | {"rules": [rule]}
+    settings = settings.replace(model={**settings.model.model_dump(), "mixed_precision": mixed})
+    for limit, fits in (("100MB", True), ("1MB", False)):
+        inference = {**settings.inference.model_dump(), "devices": {"cpu:1": limit}}
+        split = estimate(settings.replace(inference=inference), 128, 1)
+        near, far = split.devices
+        assert (near.name, far.name, near.num_experts, far.num_experts) == ("cpu", "cpu:1", 48, 48)
+        assert far.dense_bytes == far.other_bytes == 0 < far.expert_bytes
+        assert near.expert_bytes + far.expert_bytes == whole.devices[0].expert_bytes
+        assert split.weights_bytes == whole.weights_bytes and far.fits == split.fits == fits

@@ -33,8 +33,10 @@ from amalgam.tools.fit import (
     Wanted,
     fit_candidate,
     fit_model,
+    fit_on,
     recommend,
 )
+from amalgam.tools.fit_split import Parts
 from tests.conftest import DEMO
 from tests.models.harness import Runner
 from tests.models.tiny import save_tiny
@@ -307,3 +309,37 @@ def test_the_command(capsys: pytest.CaptureFixture[str]) -> None:
     assert "3 sequences" in capsys.readouterr().out
     for arguments in ([], [str(DEMO), "--model", str(DEMO)], [str(DEMO), "--no-measure", "--min-speed", "3"]):
         assert main(["fit", *arguments]) == 2
+
+
+def test_what_a_card_cannot_hold_is_divided() -> None:
+    """Of 16 GB, 12 are experts; the card holds what is dense, the cache and as many of them as fit."""
+    parts = Parts(expert_bytes=12 * GB, num_experts=96, read_bytes=4 * GB, active=1 / 8)
+    wide, wanted = replace(candidate("base", 16), parts=parts), Wanted(3200, 1)
+    machine = replace(hardware(64 * GB), device="cuda", memory_bytes=12 * GB, available_bytes=12 * GB)
+    machine = replace(machine, bandwidth=1000e9, far_bandwidth=100e9)
+    fit = fit_on(wide, NEEDS, machine, wanted)
+    missing = 16 * GB + GB + 2 * GB - machine.room_bytes
+    assert fit.far_experts == -(-missing // (12 * GB // 96)) and fit.fits and fit.context == 3200
+    assert fit.total_bytes + fit.far_bytes == 16 * GB + GB + 2 * GB
+    share = fit.far_experts / 96
+    seconds = (4 + 1.5 * (1 - share)) / 1000 + 1.5 * share / 100
+    assert fit.at_most == pytest.approx(1 / seconds)
+    best = recommend([fit], machine, wanted)
+    assert best is not None and "amalgam plan" not in best.commands[-1]
+    assert best.commands[-1].startswith("amalgam serve --config plan.yaml")
+
+    narrow = fit_on(candidate("int4", 4.2), NEEDS, machine, wanted)
+    best = recommend([fit, narrow], machine, wanted)
+    assert best is not None and best.fit.candidate.name == "int4", "what the card holds alone is faster"
+    assert not fit_on(wide, NEEDS, replace(machine, machine=hardware(GB).machine), wanted).fits
+
+
+def test_a_card_that_is_not_here(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["fit", str(DEMO), "--gpu", "24GB@1008GB/s", "--context", "128", "--json"]) == 0
+    document = json.loads(capsys.readouterr().out)
+    assert document["hardware"]["memory_bytes"] == 24 * GB and not document["hardware"]["is_here"]
+    best = document["recommendation"]["fit"]
+    assert best["candidate"]["tokens_per_second"] is None and best["at_most"] > 0
+    for given in ("24", "rtx-1"):
+        assert main(["fit", str(DEMO), "--gpu", given]) == 2
+    assert main(["fit", str(DEMO), "--gpu", "24GB", "--min-speed", "3"]) == 2

@@ -22,6 +22,14 @@ def command(
     settings: Settings,
     length: Annotated[int | None, typer.Option(min=1, help="Tokens per sequence. Default: max_seq_length.")] = None,
     batch: Annotated[int | None, typer.Option(min=1, help="Sequences at a time. Default: max_batch_size.")] = None,
+    gpu: Annotated[
+        str | None,
+        typer.Option(
+            metavar="24GB[@1008GB/s]|CARD",
+            help="Ask about a card that is not here: its memory, how fast that is read, or a known card such as "
+            "rtx-4090.",
+        ),
+    ] = None,
     cost: Annotated[bool, typer.Option("--cost", help="Say what tokens cost, from measured throughput.")] = False,
     measured: Annotated[
         Path | None, typer.Option(metavar="FILE.json", help="What amalgam bench or bench serve has printed. Else: now.")
@@ -58,8 +66,9 @@ def command(
     if measured is None and not settings.model.base_path:
         raise ConfigError("No model is given.", remedy="Give --config FILE or --model FOLDER.")
     if not cost:
-        _memory(settings, length, batch, as_json=as_json)
+        _memory(settings, length, batch, gpu, as_json=as_json)
         return
+    refuse_unused({"--gpu": gpu}, "a model's memory", "Leave out --cost, or --gpu.")
     from amalgam.tools.cost import Wanted, read_prices
     from amalgam.tools.cost import cost as cost_of
 
@@ -100,14 +109,16 @@ def _shares(text: str) -> tuple[float, ...]:
     return shares
 
 
-def _memory(settings: Settings, length: int | None, batch: int | None, *, as_json: bool) -> None:
+def _memory(settings: Settings, length: int | None, batch: int | None, gpu: str | None, *, as_json: bool) -> None:
     from amalgam.cli.console import print_json, progress_bar
+    from amalgam.planning.cards import parse_card
     from amalgam.runtime.derive import ensure_derived
     from amalgam.tools.estimate import estimate
 
+    card = None if gpu is None else parse_card(gpu, "--gpu")
     with progress_bar() as progress:
         ensure_derived(settings, progress)
-    result = estimate(settings, length, batch)
+    result = estimate(settings, length, batch, card)
     if as_json:
         print_json(result.as_json())
     else:
@@ -131,6 +142,8 @@ def _show_memory(result: Estimate) -> None:
     ]
     title = f"{result.batch_size} sequences of {result.seq_length} tokens"
     print_table(("memory for", "bytes"), rows, title, num_totals=2)
+    if len(result.devices) > 1 or result.devices[0].name != "cpu":
+        _show_devices(result)
     verdict = "fits" if result.fits else "does NOT fit"
     say(f"It {verdict}. Beside the weights there is room for {result.max_tokens_that_fit:,} tokens of context.")
     say(
@@ -143,6 +156,46 @@ def _show_memory(result: Estimate) -> None:
         for row in result.uniform
     ]
     print_table(("all linear weights in", "weights", "all", "fits"), uniform, "The same model in one precision")
+
+
+def _show_devices(result: Estimate) -> None:
+    from amalgam.cli.console import human_bytes, print_table, say
+
+    rows = [
+        (
+            each.name,
+            human_bytes(each.dense_bytes),
+            f"{each.num_experts}, {human_bytes(each.expert_bytes)}" if each.num_experts else "none",
+            human_bytes(each.other_bytes) if each.other_bytes else "",
+            human_bytes(each.total_bytes),
+            "" if each.limit_bytes is None else human_bytes(each.limit_bytes),
+            "not known" if each.available_bytes is None else human_bytes(each.available_bytes),
+            "yes" if each.fits else f"no, lacks {human_bytes(each.lacking_bytes)}",
+            human_bytes(each.read_bytes),
+        )
+        for each in result.devices
+    ]
+    columns = (
+        "device",
+        "dense",
+        "experts",
+        "KV and others",
+        "all",
+        "weights may take",
+        "available",
+        "fits",
+        "a step reads",
+    )
+    print_table(columns, rows, "What lies where")
+    for each in result.devices:
+        if each.seconds:
+            say(
+                f"On {each.name} those bytes take {each.seconds * 1e3:.2f} ms at the bandwidth of the card, by "
+                "arithmetic and not measured: no step of one sequence is faster."
+            )
+    first = result.devices[0]
+    if not first.fits and first.num_experts and first.name.startswith("cuda"):
+        say("Experts can lie in the processors' memory instead: amalgam fit --gpu says how many, amalgam plan which.")
 
 
 def _show_cost(report: CostReport, wanted: Wanted) -> None:

@@ -36,10 +36,19 @@ def command(
     measures: Annotated[
         bool, typer.Option("--measure/--no-measure", help="Time layers on this machine, which takes seconds.")
     ] = True,
+    gpu: Annotated[
+        str | None,
+        typer.Option(
+            metavar="24GB[@1008GB/s]|CARD",
+            help="Ask about a card that is not here: its memory, how fast that is read, or a known card such as "
+            "rtx-4090. Nothing is timed.",
+        ),
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document.")] = False,
 ) -> int:
     """Look at this machine and say what of a model to run on it: which precision, context and batch, and how fast."""
     from amalgam.cli.console import print_json, progress_bar
+    from amalgam.planning.cards import parse_card
     from amalgam.tools.fit import Wanted, fit_model
 
     if model is not None and settings.model.base_path:
@@ -50,10 +59,13 @@ def command(
         raise ConfigError("No model is given.", remedy="Give its folder or hub id, or --config.")
     if min_speed and not measures:
         raise ConfigError("--min-speed is given with --no-measure.", remedy="Leave one of them out.")
+    if gpu is not None and min_speed:
+        raise ConfigError("--min-speed is given with --gpu.", remedy="A card that is not here cannot be timed.")
     inference = settings.inference
     wanted = Wanted(context or inference.max_seq_length, sequences or inference.max_batch_size, min_speed)
+    card = None if gpu is None else parse_card(gpu, "--gpu")
     with progress_bar(unit="steps") as progress:
-        report = fit_model(settings, wanted, measures=measures, config=config_file, progress=progress)
+        report = fit_model(settings, wanted, measures=measures, config=config_file, progress=progress, card=card)
     if as_json:
         print_json(report.as_json())
     else:
@@ -74,11 +86,9 @@ def _show(report: FitReport) -> None:
             f"{fit.candidate.bits_per_weight:.1f}",
             human_bytes(fit.candidate.weights_bytes),
             human_bytes(fit.total_bytes),
-            f"yes, {human_bytes(fit.spare_bytes)} to spare"
-            if fit.fits
-            else f"no, lacks {human_bytes(-fit.spare_bytes)}",
+            _verdict(fit),
             f"{fit.sequences} × {fit.context:,}" if fit.fits else "–",
-            "–" if fit.candidate.tokens_per_second is None else f"{fit.candidate.tokens_per_second:.1f}",
+            _speed(fit),
             "to be made" if fit.candidate.command else "there",
         )
         for fit in report.fits
@@ -101,6 +111,23 @@ def _show(report: FitReport) -> None:
     say("")
     for line in best.commands:
         say(f"    {line}")
+
+
+def _verdict(fit: Fit) -> str:
+    from amalgam.cli.console import human_bytes
+
+    if not fit.fits:
+        return f"no, lacks {human_bytes(-fit.spare_bytes)}"
+    if fit.far_experts:
+        return f"with {fit.far_experts} experts ({human_bytes(fit.far_bytes)}) on the CPU"
+    return f"yes, {human_bytes(fit.spare_bytes)} to spare"
+
+
+def _speed(fit: Fit) -> str:
+    """Timed here, or what bytes and a published bandwidth allow at most."""
+    if fit.candidate.tokens_per_second is not None:
+        return f"{fit.candidate.tokens_per_second:.1f}"
+    return "–" if fit.at_most is None else f"at most {fit.at_most:,.0f} by bytes, not measured"
 
 
 def _spare(fit: Fit) -> int:

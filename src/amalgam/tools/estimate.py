@@ -24,9 +24,11 @@ from amalgam.formats.registry import all_formats
 from amalgam.kernels.chosen import MOST_SCORES
 from amalgam.models.kv_cache import KVCache, kv_type
 from amalgam.models.spec import ModelSpec
+from amalgam.planning.cards import Card
 from amalgam.runtime.device import choose_device
 from amalgam.runtime.speculation import draft_bytes
 from amalgam.text.tokenizer import Tokenizer
+from amalgam.tools.estimate_devices import DeviceEstimate, devices_of
 
 _ACCUMULATOR_BYTES = 4
 # Of each score that an indexer gives: the score, a copy, a count and three marks. Of each position that it chooses: the
@@ -59,6 +61,7 @@ class Estimate:
         draft_bytes: weights and KV cache of the draft that guesses tokens; 0: there is none.
         max_tokens_that_fit: sequences × length that the rest of the memory holds.
         num_parameters: of all weights.
+        devices: what lies where; one, unless rules place experts elsewhere.
     """
 
     seq_length: int
@@ -78,6 +81,7 @@ class Estimate:
     max_tokens_that_fit: int
     uniform: tuple[UniformEstimate, ...]
     num_parameters: int
+    devices: tuple[DeviceEstimate, ...]
 
     @property
     def rule_bytes(self) -> int:
@@ -102,13 +106,18 @@ class Estimate:
         return {**asdict(self), **derived}
 
 
-def estimate(settings: Settings, seq_length: int | None = None, batch_size: int | None = None) -> Estimate:
+def estimate(
+    settings: Settings, seq_length: int | None = None, batch_size: int | None = None, card: Card | None = None
+) -> Estimate:
     """Memory for `batch_size` sequences of `seq_length` tokens; both from the settings if not given.
+
+    Args:
+        card: one to ask about that is not here, instead of the device that the settings name.
 
     Raises:
         AmalgamError: the plan cannot be fulfilled.
     """
-    device = choose_device(settings.inference.device_map)
+    device = choose_device(settings.inference.device_map) if card is None else torch.device("cuda")
     dtype: torch.dtype = getattr(torch, settings.inference.dtype)
     loader = ModelLoader(settings.model, settings.inference, device, settings.engine.num_load_threads)
     planned = loader.plan()
@@ -125,12 +134,14 @@ def estimate(settings: Settings, seq_length: int | None = None, batch_size: int 
     # The largest part of a process without weights: it counts below.
     Tokenizer.load(loader.base_folder, loader.base_metadata)
     process = resident_bytes() if device.type == "cpu" else 0
-    available = available_bytes(device)
+    available = available_bytes(device) if card is None else card.memory_bytes
     mapped = sum(weight.memory_bytes for weight in planned if loader.maps(weight.format))
     states = batch_size * STATES_PER_SEQUENCE * spec.state_bytes
     draft = draft_bytes(settings, loader, blocks)
-    fixed = sum(weights.values()) - mapped + workspace + states + draft
     kv_bytes = blocks * per_block
+    devices = devices_of(loader, settings, planned, card, workspace + states + draft + kv_bytes)
+    far = sum(each.total_bytes for each in devices[1:])
+    fixed = sum(weights.values()) - mapped - far + workspace + states + draft
     # What this process holds already is not available any more, so it counts in the total but not against the rest.
     room = available - fixed
     return Estimate(
@@ -145,12 +156,13 @@ def estimate(settings: Settings, seq_length: int | None = None, batch_size: int 
         draft_bytes=draft,
         workspace_bytes=workspace,
         process_bytes=process,
-        total_bytes=fixed + kv_bytes + process,
+        total_bytes=fixed + far + kv_bytes + process,
         available_bytes=available,
-        fits=fixed + kv_bytes <= available,
+        fits=fixed + kv_bytes <= available and not any(each.lacking_bytes > 0 for each in devices[1:]),
         max_tokens_that_fit=max(0, room // max(per_block, 1)) * settings.engine.block_size,
         num_parameters=sum(math.prod(weight.slot.shape) for weight in planned),
         uniform=tuple(_uniform(loader, planned, workspace + states + draft + kv_bytes, process, available)),
+        devices=devices,
     )
 
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,12 +19,15 @@ from amalgam.composition.progress import Progress
 from amalgam.config.settings import Settings
 from amalgam.engine.memory import STATES_PER_SEQUENCE
 from amalgam.models.kv_cache import KVCache, kv_type
+from amalgam.planning.cards import Card, card_named
+from amalgam.planning.devices import read_bandwidth
 from amalgam.planning.pace import Sample, expected_step
 from amalgam.runtime.device import choose_device
 from amalgam.runtime.speculation import draft_bytes
 from amalgam.runtime.threads import set_threads
 from amalgam.text.tokenizer import Tokenizer
 from amalgam.tools.estimate import workspace_bytes
+from amalgam.tools.fit_split import Parts, parts_of
 from amalgam.tools.fit_ways import Stock, Way
 
 SAFE_SHARE = 0.85  # of all memory that may be in use, with the model
@@ -46,6 +49,9 @@ class Hardware:
     """Attributes:
     device: where the model would run.
     memory_bytes, available_bytes: of that device.
+    bandwidth: bytes a second that are read of it, as published; None: not known, or not needed.
+    far_bandwidth: of the processors' memory, measured; None: not measured.
+    is_here: whether the device is in this machine, so that layers can be timed on it.
     """
 
     machine: Machine
@@ -53,11 +59,24 @@ class Hardware:
     device: str
     memory_bytes: int
     available_bytes: int
+    bandwidth: float | None = None
+    far_bandwidth: float | None = None
+    is_here: bool = True
 
     @property
     def room_bytes(self) -> int:
         """What a model may take, so that no more than `SAFE_SHARE` of all memory is in use."""
-        return max(0, self.available_bytes - int((1 - SAFE_SHARE) * self.memory_bytes))
+        return _room(self.available_bytes, self.memory_bytes)
+
+    @property
+    def far_room_bytes(self) -> int:
+        """What experts may take in the processors' memory beside a card; 0: there is no card."""
+        is_card = self.device.startswith("cuda")
+        return _room(self.machine.available_bytes, self.machine.memory_bytes) if is_card else 0
+
+
+def _room(available: int, memory: int) -> int:
+    return max(0, available - int((1 - SAFE_SHARE) * memory))
 
 
 @dataclass(frozen=True)
@@ -86,6 +105,7 @@ class Candidate:
         bits_per_weight: of the weights that are multiplied, as they lie in memory.
         weights_bytes: in memory.
         tokens_per_second: expected of one sequence; None: not measured.
+        parts: of the weights.
     """
 
     name: str
@@ -94,6 +114,7 @@ class Candidate:
     bits_per_weight: float
     weights_bytes: int
     tokens_per_second: float | None
+    parts: Parts = field(default_factory=Parts)
 
 
 @dataclass(frozen=True)
@@ -132,6 +153,9 @@ class Fit:
         kv_bytes, state_bytes: for all of them.
         total_bytes: with KV cache, recurrent states, workspace, and the draft that guesses tokens.
         spare_bytes: room that is left; below zero what is missing for one sequence of the least context.
+        far_experts: how many experts lie in the processors' memory instead, and what they take there.
+        at_most: tokens a second of one sequence that the bytes and the published bandwidth of a card allow; None: not
+            known. Not measured.
     """
 
     candidate: Candidate
@@ -141,6 +165,9 @@ class Fit:
     total_bytes: int
     spare_bytes: int
     state_bytes: int = 0
+    far_experts: int = 0
+    far_bytes: int = 0
+    at_most: float | None = None
 
     @property
     def fits(self) -> bool:
@@ -182,8 +209,11 @@ class FitReport:
         return document
 
 
-def detect_hardware(settings: Settings) -> Hardware:
+def detect_hardware(settings: Settings, card: Card | None = None) -> Hardware:
     """
+    Args:
+        card: that is asked about instead of what is here.
+
     Raises:
         ConfigError: `inference.device_map` names a GPU that is not there.
     """
@@ -192,10 +222,16 @@ def detect_hardware(settings: Settings) -> Hardware:
     for index in range(torch.cuda.device_count() if torch.cuda.is_available() else 0):
         available, total = torch.cuda.mem_get_info(index)
         gpus.append(Gpu(torch.cuda.get_device_name(index), total, available))
+    if card is not None:
+        name = f"cuda ({card.name}, not in this machine)"
+        memory, rate = card.memory_bytes, card.bandwidth
+        return Hardware(machine, tuple(gpus), name, memory, memory, rate, is_here=False)
     device = choose_device(settings.inference.device_map)
     if device.type == "cuda":
         gpu = gpus[device.index or 0]
-        return Hardware(machine, tuple(gpus), str(device), gpu.memory_bytes, gpu.available_bytes)
+        known = card_named(gpu.name)
+        bandwidth = None if known is None else known.bandwidth
+        return Hardware(machine, tuple(gpus), str(device), gpu.memory_bytes, gpu.available_bytes, bandwidth)
     return Hardware(machine, tuple(gpus), "cpu", machine.memory_bytes, machine.available_bytes)
 
 
@@ -207,18 +243,20 @@ def fit_model(
     config: Path | None = None,
     hardware: Callable[[Settings], Hardware] = detect_hardware,
     progress: Progress | None = None,
+    card: Card | None = None,
 ) -> FitReport:
     """
     Args:
         wanted: None: as the settings say.
         measures: whether to time layers, which takes seconds; otherwise no speed is told.
         config: the file that the settings came from, for the commands.
+        card: to ask about one that is not here; nothing is timed then.
 
     Raises:
         AmalgamError: the base checkpoint cannot be read.
     """
     set_threads(settings.engine)
-    device = choose_device(settings.inference.device_map)
+    device = choose_device(settings.inference.device_map) if card is None else torch.device("cuda")
     loader = ModelLoader(settings.model, settings.inference, device, settings.engine.num_load_threads)
     spec = loader.spec
     limit = spec.max_positions
@@ -226,18 +264,20 @@ def fit_model(
         wanted = Wanted(settings.inference.max_seq_length, settings.inference.max_batch_size)
     asked, wanted = wanted.context, replace(wanted, context=min(wanted.context, limit))
     Tokenizer.load(loader.base_folder, loader.base_metadata)  # the largest part of a process without weights
-    found = hardware(settings)
+    found = hardware(settings) if card is None else detect_hardware(settings, card)
+    if found.far_room_bytes and measures:
+        found = replace(found, far_bandwidth=read_bandwidth())
     needs = _needs(settings, loader, wanted, device)
     stock = Stock(settings, loader, config)
     ways = list(stock.ways())
     speeds: list[float | None] = [None] * len(ways)
-    if measures:
+    if measures and found.is_here:
         speeds = list(_speeds(loader, settings, device, ways, progress))
     candidates = [
-        Candidate(way.name, way.command, way.serve, way.bits, way.memory_bytes, speed)
+        Candidate(way.name, way.command, way.serve, way.bits, way.memory_bytes, speed, parts_of(spec, way.held))
         for way, speed in zip(ways, speeds, strict=True)
     ]
-    fits = tuple(fit_candidate(candidate, needs, found.room_bytes, wanted) for candidate in candidates)
+    fits = tuple(fit_on(candidate, needs, found, wanted) for candidate in candidates)
     best = recommend(fits, found, wanted)
     if best is not None and asked > limit:
         reason = f"{asked:,} tokens of context are asked for, and the model has {limit:,} positions."
@@ -284,6 +324,21 @@ def fit_candidate(candidate: Candidate, needs: Needs, room: int, wanted: Wanted)
     return Fit(candidate, context, sequences, kv_bytes, total, room - total, sequences * needs.states)
 
 
+def fit_on(candidate: Candidate, needs: Needs, hardware: Hardware, wanted: Wanted) -> Fit:
+    """On the device, or, where a card has not room for the whole context, with some experts beside it."""
+    room, parts = hardware.room_bytes, candidate.parts
+    fit = fit_candidate(candidate, needs, room, wanted)
+    if fit.context < wanted.context and hardware.far_room_bytes:
+        far = parts.far_experts(candidate.weights_bytes + needs.of(wanted.context, 1) - room)
+        far_bytes = parts.bytes_of(far)
+        if far <= parts.num_experts and far_bytes <= hardware.far_room_bytes:
+            near = replace(candidate, weights_bytes=candidate.weights_bytes - far_bytes)
+            split = fit_candidate(near, needs, room, wanted)
+            fit = replace(split, candidate=candidate, far_experts=far, far_bytes=far_bytes)
+    at_most = parts.tokens_per_second(fit.far_experts, hardware.bandwidth, hardware.far_bandwidth)
+    return replace(fit, at_most=at_most)
+
+
 def _sequences_at_most(needs: Needs, context: int, left: int) -> int:
     return max(1, (left - needs.fixed) // (needs.of(context, 1) - needs.fixed))
 
@@ -291,12 +346,14 @@ def _sequences_at_most(needs: Needs, context: int, left: int) -> int:
 def recommend(fits: Sequence[Fit], hardware: Hardware, wanted: Wanted) -> Recommendation | None:
     """The widest candidate that fits with all of the wanted context and is fast enough; None: none fits.
 
+    One that a card holds alone goes before those with experts beside it, which are slower.
     Where none has all that is wanted: the context is given up first, then the speed. Where nothing is fast enough,
     what has the whole context goes before what is wider.
     """
     fitting = [fit for fit in fits if fit.fits]
     if not fitting:
         return None
+    fitting = [fit for fit in fitting if not fit.far_experts] or fitting
     pool = [fit for fit in fitting if is_fast_enough(fit, wanted)] or fitting
     pool = [fit for fit in pool if fit.context >= wanted.context] or pool
     widest = max(fit.candidate.bits_per_weight for fit in pool)
@@ -307,8 +364,17 @@ def recommend(fits: Sequence[Fit], hardware: Hardware, wanted: Wanted) -> Recomm
     # Without a size the engine takes no more than a share of what is available, and may have to refuse.
     size += f" --engine.kv_cache_bytes {best.kv_bytes}" if best.kv_bytes else ""
     size += f" --engine.state_cache_bytes {best.state_bytes}" if best.state_bytes else ""
-    commands = (best.candidate.command, best.candidate.serve + size)
+    commands = [best.candidate.command, best.candidate.serve + size]
+    if best.far_experts:
+        commands[1:] = [_planning(best, hardware), "amalgam serve --config plan.yaml" + size]
     return Recommendation(best, tuple(_reasons(best, fits, hardware, wanted)), tuple(filter(None, commands)))
+
+
+def _planning(best: Fit, hardware: Hardware) -> str:
+    """What says which experts lie where: it writes the configuration that is served then."""
+    budget = f"cuda={hardware.room_bytes / 1e9:.1f}GB,cpu={hardware.far_room_bytes / 1e9:.1f}GB"
+    words = best.candidate.serve.replace("amalgam serve", "amalgam plan", 1)
+    return f"{words} --budget {budget} --context {best.context} --text FILE --out plan.yaml"
 
 
 def is_fast_enough(fit: Fit, wanted: Wanted) -> bool:
@@ -331,10 +397,26 @@ def _reasons(best: Fit, fits: Sequence[Fit], hardware: Hardware, wanted: Wanted)
         f"{_gb(hardware.room_bytes)} that a model may take here ({SAFE_SHARE:.0%} of {_gb(hardware.memory_bytes)}, "
         "less what is in use)."
     )
+    if best.far_experts:
+        yield (
+            f"The card alone cannot hold it: {best.far_experts} of {best.candidate.parts.num_experts} experts, "
+            f"{_gb(best.far_bytes)}, lie in the processors' memory, and these compute them. Those that are used least "
+            "cost least there: `amalgam plan` finds them."
+        )
+    if best.at_most is not None:
+        yield (
+            f"At most {best.at_most:,.0f} tok/s of one sequence are expected: the bytes of a step over the bandwidth "
+            "that is published for the card. Not measured on a card."
+        )
     for fit in fits:
         if fit.candidate.bits_per_weight <= best.candidate.bits_per_weight + _SAME_BITS:
             continue
-        if not fit.fits:
+        if fit.far_experts and not best.far_experts:
+            yield (
+                f"{fit.candidate.name} is wider, and the card holds it only without {fit.far_experts} experts "
+                f"({_gb(fit.far_bytes)}), which the processors would compute."
+            )
+        elif not fit.fits:
             yield f"{fit.candidate.name} is wider and does not fit: it lacks {_gb(-fit.spare_bytes)}."
         elif not is_fast_enough(fit, wanted) and is_fast_enough(best, wanted):
             yield (
