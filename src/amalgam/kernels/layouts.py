@@ -314,6 +314,8 @@ _PANELS = (
     *(PANELS_K2, PANELS_K3, PANELS_K4, PANELS_K5, PANELS_K6, PANELS_TABLE4, PANELS_K_TABLE4, PANELS_FLOAT_TABLE4),
     PANELS_CODEBOOKS,
 )
+# Those that the Triton backend multiplies as they are; of fp8 and int8, and with one table of factors.
+TRITON_LAYOUTS = frozenset({DENSE, SCALED8, INT4, AFFINE4, AFFINE8, TABLE4})
 # By name; what a packed cache can hold.
 LAYOUTS: Mapping[str, Layout] = {
     layout.name: layout for layout in (DENSE, *_QUANTIZED, *map(with_columns, _QUANTIZED), *_PANELS)

@@ -5,15 +5,18 @@ In: nothing. Out: Markdown. `python -m amalgam.tools.document` writes the files;
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
 from amalgam.config.environment import NATIVE_ISA_VARIABLE, NATIVE_ISAS
 from amalgam.config.keys import all_settings
 from amalgam.config.settings import Settings
-from amalgam.formats.contract import WritableFormat
+from amalgam.formats.contract import WeightFormat, WritableFormat
 from amalgam.formats.gguf.config import ARCHITECTURES
 from amalgam.formats.registry import all_formats
+from amalgam.kernels.layouts import TRITON_LAYOUTS
+from amalgam.kernels.packed import Layout
 from amalgam.models.registry import all_families
 from amalgam.text.gguf.pretokenizers import PRE_TOKENIZERS
 
@@ -73,13 +76,14 @@ Any mix of these formats, in any layer, down to one projection of one expert. Ch
 experts one by one or fused), PyTorch `.bin`, GGUF. Whatever is not listed is refused by name.
 
 *native*: in the extension, in the bytes that are published or hardly more. *expanded*: dequantized at every use and
-multiplied by PyTorch, as every quantized weight is on a GPU. *either*: native, but for scales that differ from input to
-input (HQQ's axis 0) and groups of unequal sizes. AQLM is native where a vector belongs to one row and to a multiple of
-8 inputs; with vectors of several rows it is expanded. `moe` runs natively where all experts of the layer do; otherwise
-expert by expert. Routers are float32 whatever they are stored in; norms, biases and sinks must be floating. With AVX2
-or AVX-512, bf16 is kept in 12 bits a weight, without loss, where its exponents allow it (`inference.bf16_coding`).
-`GET /manifest` tells each weight's `layout` on the machine at hand: those in `panels_…`, `panels_bf16_coded` among
-them, run natively.
+multiplied by PyTorch. *Triton*: dequantized inside the product, on GPUs of compute capability 8.0 and above, with
+`amalgam-llm[gpu]` ([gpu/kernels.md](gpu/kernels.md); not measured on a card); elsewhere expanded. *either*: not with
+scales that differ from input to input (HQQ's axis 0) and, on a CPU, groups of unequal sizes. AQLM is native where a
+vector belongs to one row and to a multiple of 8 inputs; with vectors of several rows it is expanded. `moe` runs
+natively where all experts of the layer do; otherwise expert by expert. Routers are float32 whatever they are stored in;
+norms, biases and sinks must be floating. With AVX2 or AVX-512, bf16 is kept in 12 bits a weight, without loss, where
+its exponents allow it (`inference.bf16_coding`). `GET /manifest` tells each weight's `layout` on the machine at hand:
+those in `panels_…`, `panels_bf16_coded` among them, run natively.
 
 **Sources have to compute in one basis.** Rotations (QuaRot, SpinQuant), factors that a tool moves from one weight into
 the next (AWQ, SmoothQuant), experts, heads or channels in another order leave a model what it is, but none of its
@@ -191,6 +195,12 @@ def _default(value: Any) -> str:
     return f"`{str(value).lower() if isinstance(value, bool) else value}`"
 
 
+def _how_run(weight_format: WeightFormat, how: str, layouts: Collection[Layout]) -> str:
+    """How a format's weights are multiplied where those of some layouts are multiplied as they are."""
+    found = [layout in layouts for layout in weight_format.layouts]
+    return how if all(found) else "either" if any(found) else "expanded"
+
+
 def support() -> str:
     """What is read, and how it runs: `docs/support.md`."""
     operations = ("linear", "moe", "embedding")
@@ -199,12 +209,12 @@ def support() -> str:
     lines.append("|---|---|---|---|---|---|---|---|")
     for weight_format in sorted(all_formats(), key=lambda f: (not f.is_wide, f.name)):
         methods = ", ".join(sorted(weight_format.methods)) or ("GGUF" if "gguf" in weight_format.name else "–")
-        compiled = [layout for layout in weight_format.layouts if layout.panels]
-        cpu = "native" if len(compiled) == len(weight_format.layouts) else "either" if compiled else "expanded"
+        cpu = _how_run(weight_format, "native", {layout for layout in weight_format.layouts if layout.panels})
+        gpu = _how_run(weight_format, "Triton", TRITON_LAYOUTS)
         makes = "yes" if isinstance(weight_format, WritableFormat) else "–"
         layouts = ", ".join(layout.name for layout in weight_format.layouts)
         cells = [weight_format.name, methods, makes, layouts, *[cpu] * len(operations)]
-        lines.append(f"| {' | '.join(cells)} | {'PyTorch' if weight_format.is_wide else 'expanded'} |")
+        lines.append(f"| {' | '.join(cells)} | {gpu} |")
     lines += ["", _FAMILIES, "| family | architectures | attention | experts | other |", "|---|---|---|---|---|"]
     for family in all_families():
         names = {name.removeprefix("layers.{}.") for name in family.names}

@@ -1,9 +1,11 @@
-"""Who runs a step's program: the compiled CPU kernels, or PyTorch on any device.
+"""Who runs a step's program: the compiled CPU kernels, Triton's on a GPU, or PyTorch on any device.
 
 In: what a step works with. Out: a `Backend`. Must never know: families, checkpoints, requests.
 """
 
 from __future__ import annotations
+
+import importlib.util
 
 import torch
 
@@ -12,12 +14,18 @@ from amalgam.kernels.backends.cpu import extension
 from amalgam.kernels.backends.cpu.backend import CpuBackend
 from amalgam.kernels.backends.reference.interpreter import ReferenceBackend
 
-__all__ = ["ActivationType", "Backend", "Compiled", "Tables", "choose_backend", "why_not_compiled"]
+__all__ = ["ActivationType", "Backend", "Compiled", "Tables", "choose_backend", "why_no_triton", "why_not_compiled"]
 
 
 def choose_backend(dtype: torch.dtype, device: torch.device) -> Backend:
     """The fastest backend that there is, for activations and a KV cache of this type."""
-    return CpuBackend(dtype) if why_not_compiled(device) is None else ReferenceBackend(dtype, device)
+    if why_not_compiled(device) is None:
+        return CpuBackend(dtype)
+    if why_no_triton(device) is None:
+        from amalgam.kernels.backends.triton.backend import TritonBackend
+
+        return TritonBackend(dtype, device)
+    return ReferenceBackend(dtype, device)
 
 
 def why_not_compiled(device: torch.device) -> str | None:
@@ -25,3 +33,14 @@ def why_not_compiled(device: torch.device) -> str | None:
     if device.type != "cpu":
         return f"it is for the CPU, and the model runs on {device}"
     return extension.why_unavailable()
+
+
+def why_no_triton(device: torch.device) -> str | None:
+    """Why Triton's kernels do not run a model on a device; None if they do."""
+    if device.type != "cuda":
+        return f"they are for GPUs, and the model runs on {device}"
+    if importlib.util.find_spec("triton") is None:
+        return 'triton is not installed: pip install "amalgam-llm[gpu]"'
+    if torch.version.cuda is None or torch.cuda.get_device_capability(device) < (8, 0):
+        return "they are for CUDA devices of compute capability 8.0 (A100) and above"
+    return None

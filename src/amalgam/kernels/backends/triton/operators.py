@@ -1,0 +1,74 @@
+"""One function per operator: the Triton kernel where it takes the arguments, else the reference.
+
+In: activations and packed weights. Out: activations. Must never know: names, plans, requests.
+Semantics, shapes and types of every operator are those of `amalgam.kernels.backends.reference.operators`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from amalgam.kernels.backends.reference.operators import Operators
+from amalgam.kernels.backends.triton import experts as mixtures
+from amalgam.kernels.backends.triton import products
+from amalgam.kernels.backends.triton.kinds import TritonWeight
+from amalgam.kernels.backends.triton.launching import FLOAT_TYPES
+from amalgam.kernels.packed import SWIGLU, Activation, ExpertTable, PackedWeight
+from amalgam.kernels.program import Embed, Head, Instruction, Mix, Project
+
+
+class TritonOperators(Operators):
+    """See `Operators`."""
+
+    @staticmethod
+    def embedding(token_ids: Tensor, weight: PackedWeight, dtype: torch.dtype) -> Tensor:
+        if products.supports_embedding(token_ids, weight):
+            return products.embedding(token_ids, weight, dtype)
+        return Operators.embedding(token_ids, weight, dtype)
+
+    @staticmethod
+    def linear(
+        x: Tensor, weight: PackedWeight, bias: Tensor | None = None, out_dtype: torch.dtype | None = None
+    ) -> Tensor:
+        if products.supports_linear(x, weight):
+            return products.linears(x, (weight,), (bias,), out_dtype)[0]
+        return Operators.linear(x, weight, bias, out_dtype)
+
+    @classmethod
+    def linears(
+        cls, x: Tensor, weights: Sequence[PackedWeight], biases: Sequence[Tensor | None] | None = None
+    ) -> list[Tensor]:
+        if all(products.supports_linear(x, weight) for weight in weights):
+            return products.linears(x, weights, (None,) * len(weights) if biases is None else biases)
+        return super().linears(x, weights, biases)
+
+    @staticmethod
+    def moe(
+        x: Tensor, expert_ids: Tensor, gate_weights: Tensor, experts: ExpertTable, activation: Activation = SWIGLU
+    ) -> Tensor:
+        if mixtures.supports_moe(x, experts):
+            return mixtures.moe(x, expert_ids, gate_weights, experts, activation)
+        return Operators.moe(x, expert_ids, gate_weights, experts, activation)
+
+
+def who_runs(instruction: Instruction, dtype: torch.dtype, device: torch.device) -> str:
+    """Who does an instruction's work where these operators run it, with activations of a type; for people."""
+    match instruction:
+        case Project(projections=projections):
+            has_kernel = all(isinstance(projection.weight, TritonWeight) for projection in projections)
+        case Embed(weight=weight):
+            return _named(isinstance(weight, TritonWeight), device)
+        case Head(weight=weight):
+            has_kernel = isinstance(weight, TritonWeight)
+        case Mix(experts=experts):
+            has_kernel = isinstance(experts, mixtures.TritonExperts)
+        case _:
+            has_kernel = False
+    return _named(has_kernel and dtype in FLOAT_TYPES, device)
+
+
+def _named(has_kernel: bool, device: torch.device) -> str:
+    return f"triton ({device})" if has_kernel else f"torch ({device})"
