@@ -28,7 +28,7 @@ ENVIRONMENT = {"os.environ", "os.environb", "os.getenv", "os.putenv", "os.unsete
 CODE_RUNNERS = {"eval", "exec", "compile", "pickle", "marshal", "shelve", "dill", "cloudpickle"}
 EXTENSIONS = {"_native", "_mapping"}
 # Of the standard library, and of libraries that have no other way.
-OF_OTHERS = {"_replace", "_exit", "_registry", "_from_config", "_quantized_data", "_request_id"}
+OF_OTHERS = {"_replace", "_exit", "_registry", "_from_config", "_quantized_data", "_request_id", "_patch_lang"}
 # Modules that do without, or that are imported by those who say what to install.
 EXTRAS = {
     PACKAGE / "server/http/tracing.py": "tracing",

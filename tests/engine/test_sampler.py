@@ -1,3 +1,5 @@
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import torch
@@ -286,6 +288,22 @@ class TestLogprobs:
         assert tokens.token_ids == tuple(best)
         expected = logits.log_softmax(dim=1).amax(dim=1).tolist()
         assert [logprobs.chosen for logprobs in tokens.logprobs] == pytest.approx(expected)
+
+
+def test_rows_on_a_card_are_drawn_there(monkeypatch):
+    seen = []
+
+    def draw(logits, rows):
+        seen.extend(rows)
+        return [7, 3]
+
+    card = SimpleNamespace(supports=lambda logits: True, draw=draw)
+    monkeypatch.setattr(sampler, "sampling_on_card", lambda: card)
+    requests = [make_request(0, seed=5, generated=[1, 2], top_k=4), make_request(1, do_sample=False)]
+    places = [(requests[0], (6,)), (requests[1], ())]
+    assert sampler.choose_tokens(SimpleNamespace(is_cpu=False, is_cuda=True), places) == [7, 3]
+    assert seen[0] == (4, 1.0, 1.0, 0.0, uniform(5, 3))
+    assert seen[1][1] == 0.0
 
 
 @pytest.mark.skipif(not extension.is_available(), reason="needs the native kernels")

@@ -169,7 +169,7 @@ class SamplingParams:
 
     @cached_property
     def draw(self) -> tuple[int, float, float, float]:
-        """What the extension wants to know to draw a token: `top_k`, `temperature` (0: greedy), `top_p`, `min_p`."""
+        """What kernels want to know to draw a token: `top_k`, `temperature` (0: greedy), `top_p`, `min_p`."""
         return self.top_k, 0.0 if self.is_greedy else self.temperature, self.top_p, self.min_p
 
 

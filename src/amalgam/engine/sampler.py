@@ -4,13 +4,16 @@ In: float32 logits, a row for each place that wants a token. Out: each request's
 Must never know: the model, other requests' logits.
 
 A token depends on its own logits, the request's parameters and seed, and its place in the answer, never on what
-shares the step. In the extension each row is chosen from by itself. Without it, work over the whole vocabulary is
-done for all rows at once, with operations that give each row the same bits in any company.
+shares the step. In the extension, and in a GPU's kernels, each row is chosen from by itself. Without them, work over
+the whole vocabulary is done for all rows at once, with operations that give each row the same bits in any company.
 """
 
 from __future__ import annotations
 
+import functools
+import importlib.util
 from collections.abc import Sequence
+from typing import Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -30,6 +33,14 @@ class NonFiniteLogitsError(AmalgamError):
     http_status = 500
     exit_code = 1
     code = "non_finite_logits"
+
+
+class SamplingOnCard(Protocol):
+    """`amalgam.kernels.backends.triton.sampling`."""
+
+    def supports(self, logits: Tensor) -> bool: ...
+
+    def draw(self, logits: Tensor, rows: Sequence[tuple[int, float, float, float, float]]) -> list[int]: ...
 
 
 def sample(logits: Tensor, items: Sequence[ScheduledRequest]) -> StepResult:
@@ -70,11 +81,25 @@ def sample(logits: Tensor, items: Sequence[ScheduledRequest]) -> StepResult:
 
 def choose_tokens(logits: Tensor, places: Sequence[Place]) -> list[int]:
     """The token of each place; -1 where a logit is not finite."""
-    if not logits.is_cpu or not extension.is_available():
+    if logits.is_cpu and extension.is_available():
+        return sampling.draw(  # all rows in one call
+            logits, [(request.params.draw, request.seed, request.num_new_tokens + len(ids)) for request, ids in places]
+        )
+    on_card = sampling_on_card() if logits.is_cuda else None
+    if on_card is None or not on_card.supports(logits):
         return _choose(logits, places)
-    return sampling.draw(  # all rows in one call
-        logits, [(request.params.draw, request.seed, request.num_new_tokens + len(ids)) for request, ids in places]
-    )
+    numbers = (uniform(request.seed, request.num_new_tokens + len(ids)) for request, ids in places)
+    return on_card.draw(logits, [(*request.params.draw, u) for (request, _), u in zip(places, numbers, strict=True)])
+
+
+@functools.cache
+def sampling_on_card() -> SamplingOnCard | None:
+    """The GPU's kernels, where there are any."""
+    if importlib.util.find_spec("triton") is None:
+        return None
+    from amalgam.kernels.backends.triton import sampling as on_card
+
+    return on_card
 
 
 def _choose(logits: Tensor, places: Sequence[Place]) -> list[int]:

@@ -373,50 +373,7 @@ def _route(one: Route, frame: Frame) -> None:
         )
         return
     scores = frame.operators.linear(x.float(), one.weight, one.bias)
-    if one.scoring == "mixer":
-        frame.route(one.layer_id, *_mixed_choices(scores, one))
-        return
-    if one.scoring == "softmax":
-        scores = torch.softmax(scores, dim=-1)
-    elif one.scoring == "sigmoid":
-        scores = frame.operators.sigmoid(scores)
-    choice = scores if one.correction is None else scores + one.correction.float()
-    if one.num_kept < one.num_groups:
-        choice = _in_best_groups(choice, one)
-    expert_ids = torch.topk(choice, one.k, dim=-1).indices
-    gate_weights = scores.gather(1, expert_ids)
-    if one.scoring == "chosen":
-        gate_weights = torch.softmax(gate_weights, dim=-1)
-    elif one.scoring == "apart":
-        gate_weights = frame.operators.sigmoid(gate_weights)
-    if one.normalises:
-        gate_weights = gate_weights / (gate_weights.sum(-1, keepdim=True) + one.sum_eps)
-    gate_weights = gate_weights * one.scaling
-    if one.factors is not None:
-        gate_weights = gate_weights * one.factors.float()[expert_ids]
-    frame.route(one.layer_id, expert_ids, gate_weights)
-
-
-def _in_best_groups(choice: Tensor, one: Route) -> Tensor:
-    """Scores of experts outside the best groups become the least that a score can be."""
-    groups = choice.unflatten(-1, (one.num_groups, -1))
-    sizes = min(2, groups.shape[-1]) if one.scoring == "sigmoid" else 1
-    best = groups.topk(sizes, dim=-1).values.sum(-1).topk(one.num_kept, dim=-1).indices
-    is_kept = torch.zeros(groups.shape[:2], dtype=torch.bool, device=choice.device).scatter(1, best, True)
-    fill = 0.0 if one.scoring == "softmax" else -torch.inf
-    return choice.masked_fill(~is_kept.repeat_interleave(groups.shape[-1], dim=1), fill)
-
-
-def _mixed_choices(scores: Tensor, one: Route) -> tuple[Tensor, Tensor]:
-    candidates, ids, weights = scores, [], []
-    for _ in range(one.k):
-        best, expert_id = candidates.max(dim=-1, keepdim=True)
-        distance = (best - scores) / torch.maximum(scores.abs(), best)
-        near = candidates.masked_fill(distance > 2 * one.jitter, -torch.inf)
-        ids.append(expert_id)
-        weights.append(torch.softmax(near, dim=-1).gather(1, expert_id))
-        candidates = candidates.scatter(1, expert_id, -torch.inf)
-    return torch.cat(ids, dim=-1), torch.cat(weights, dim=-1)
+    frame.route(one.layer_id, *frame.operators.choose_experts(scores, one))
 
 
 def _mix(one: Mix, frame: Frame) -> None:
@@ -452,8 +409,9 @@ def _clamp(one: Clamp, frame: Frame) -> None:
 
 def _scale(one: Scale, frame: Frame) -> None:
     x = frame.get(one.x)
-    factor = torch.tensor(one.factor, dtype=x.dtype if one.rounds_factor else torch.float32, device=x.device)
-    frame.put(one.x, (x.float() * factor.float()).to(x.dtype))
+    # A number, not a tensor: nothing has to be copied to the device.
+    factor = torch.tensor(one.factor, dtype=x.dtype if one.rounds_factor else torch.float32).item()
+    frame.put(one.x, (x.float() * factor).to(x.dtype))
 
 
 def _scale_by_position(one: ScaleByPosition, frame: Frame) -> None:

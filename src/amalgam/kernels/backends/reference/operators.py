@@ -18,8 +18,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from amalgam.kernels.backends.reference.routing import choose_experts
 from amalgam.kernels.layouts import DENSE
 from amalgam.kernels.packed import GEGLU, SWIGLU, Activation, ExpertTable, PackedWeight
+from amalgam.kernels.program import Route
 from amalgam.kernels.step import AttentionBatch, CachedAttention, LayerCache, SequenceState, StepSequence
 
 # 8 rows: on a CPU a matrix product still runs near the memory's speed; a GPU needs more to be busy.
@@ -574,6 +576,11 @@ class Operators:
     write_kv = staticmethod(write_kv)
     paged_attention = staticmethod(paged_attention)
     index_scores = staticmethod(index_scores)
+
+    @classmethod
+    def choose_experts(cls, scores: Tensor, one: Route) -> tuple[Tensor, Tensor]:
+        """See `routing.choose_experts`."""
+        return choose_experts(scores, one, cls.sigmoid)
 
     @classmethod
     def linears(
