@@ -153,7 +153,7 @@ def test_two_devices_are_filled(
     """The card cannot hold all: the most used experts lie there, the others on the processors, none in pieces."""
     out = tmp_path / "split.yaml"
     shared = ["--config", str(config), "--text", str(text), "--cache", str(cache), "--context", "128", "--checks", "0"]
-    budget = "cuda=20MB@1000GB/s,cpu=2MB@50GB/s"
+    budget = "cuda=9MB@1000GB/s,cpu=4MB@50GB/s"
     code, printed, err = run(capsys, "plan", *shared, "--budget", budget, "--slack", "0.5", "--out", str(out), "--json")
     assert code == 0, err
     report = json.loads(printed)

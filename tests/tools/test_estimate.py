@@ -15,6 +15,7 @@ from amalgam.checkpoint.store import TensorStore
 from amalgam.cli import main
 from amalgam.cli.console import human_bytes
 from amalgam.config.reading import load_settings
+from amalgam.config.settings import Settings
 from amalgam.planning.cards import parse_card
 from amalgam.tools.estimate import estimate
 from tests.conftest import DEMO, ROOT
@@ -121,11 +122,14 @@ def test_a_card_that_is_not_here_is_asked_about(demo_config: Path) -> None:
 
 
 def test_experts_elsewhere_count_there(demo_config: Path) -> None:
-    whole = estimate(load_settings(demo_config, environ={}), 128, 1)
-    rule = {"pattern": "model.layers.*.mlp.experts.{0-7}.*", "device": "cpu:1"}
-    settings = load_settings(demo_config, environ={})
-    mixed = settings.model.mixed_precision.model_dump() | {"rules": [rule]}
-    settings = settings.replace(model={**settings.model.model_dump(), "mixed_precision": mixed})
+    rule = {"pattern": "model.layers.*.mlp.experts.{0-7}.*", "source": "int4"}
+
+    def settings_with(rule: dict[str, str]) -> Settings:
+        settings = load_settings(demo_config, environ={})
+        mixed = settings.model.mixed_precision.model_dump() | {"rules": [rule]}
+        return settings.replace(model={**settings.model.model_dump(), "mixed_precision": mixed})
+
+    whole, settings = estimate(settings_with(rule), 128, 1), settings_with(rule | {"device": "cpu:1"})
     for limit, fits in (("100MB", True), ("1MB", False)):
         inference = {**settings.inference.model_dump(), "devices": {"cpu:1": limit}}
         split = estimate(settings.replace(inference=inference), 128, 1)
