@@ -131,14 +131,13 @@ def row_of(planner: Planner, seed: int, text: str) -> dict[str, Any]:
     problem, held_out = planner.problem, planner.held_out
     found = planner.plan(parse_budget(text))
     choice = [int(index) for index in found.solution.choice]
-    domains = by_domain(held_out.figures("plan", choice), held_out.reference.sample)
     return {
         "seed": seed,
         "budget": text,
         "bits": problem.bits_per_weight(choice),
         "gap": found.solution.gap,
         "plan": asdict(held_out.divergence("plan", choice)),
-        "domains": {name: each.divergence.value for name, each in domains.items() if each.divergence is not None},
+        "domains": divergences(held_out, choice),
         "accepted": found.verdict.is_accepted,
         "returned": found.verdict.chosen,
         "rivals": {
@@ -146,11 +145,18 @@ def row_of(planner: Planner, seed: int, text: str) -> dict[str, Any]:
                 "name": rival.name,
                 "bits": problem.bits_per_weight(rival.choice),
                 **asdict(rival.divergence),
+                "domains": divergences(held_out, rival.choice),
                 "plan_to_it": asdict(rival.difference),
             }
             for rival in found.verdict.rivals
         },
     }
+
+
+def divergences(held_out: Scale, choice: Sequence[int]) -> dict[str, float]:
+    """Domain → the mean divergence in its texts."""
+    found = by_domain(held_out.figures("", choice), held_out.reference.sample)
+    return {name: each.divergence.value for name, each in found.items() if each.divergence is not None}
 
 
 def show(row: dict[str, Any]) -> None:
