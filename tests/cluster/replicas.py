@@ -30,6 +30,7 @@ from amalgam.engine.meter import Meter, Reading
 from amalgam.engine.request import EngineStatus
 from amalgam.errors import AmalgamError, PlanError, ReplicaLostError, VersionNotFoundError
 from amalgam.runtime.changes import ChangeRequest, RemapResult
+from amalgam.runtime.devices import DeviceFigures
 from amalgam.text.filters.contract import Where
 
 IDLE = EngineStatus(
@@ -115,6 +116,9 @@ class ScriptedMember:
             is_on_probation=self.is_on_probation,
             before_id=before_id,
         )
+
+    def device_figures(self) -> dict[str, DeviceFigures]:
+        return {"cpu": DeviceFigures(experts=4, used_bytes=2, limit_bytes=None, available_bytes=8)}
 
     def figures(self) -> Figures:
         return Figures("elsewhere", ProcessFigures({"anonymous": 2**30}, 2**31, 5.0, 1), self.filtered)
