@@ -103,7 +103,7 @@ def main() -> int:
 
     last = loader.spec.num_layers - 1
     whole = problem_of(loader, sources=list(FORMATS), compares=False)
-    whole = replace(whole, items=[item for item in whole.items if item.layer == last])
+    whole = replace(whole, items=tuple(item for item in whole.items if item.layer == last))
     study = SensitivityStudy(loader, whole, sample, options.work / "sensitivities", draws=options.draws)
     sensitivities = study.measure()
     loss, cost = losses(whole, sensitivities, use_of_texts(whole, sensitivities)), costs(whole, "stored")

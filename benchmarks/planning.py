@@ -112,7 +112,7 @@ class Kept:
     def __init__(self, file: Path) -> None:
         self._file = file
         lines = file.read_text("utf-8").splitlines() if file.exists() else []
-        self._rows = {json.dumps(key): row for key, row in map(json.loads, lines)}
+        self._rows: dict[str, dict[str, Any]] = {json.dumps(key): row for key, row in map(json.loads, lines)}
 
     def __contains__(self, key: Sequence[Any]) -> bool:
         return json.dumps(key) in self._rows
