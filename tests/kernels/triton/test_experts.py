@@ -161,6 +161,23 @@ def test_all_tokens_choose_one_expert() -> None:
     assert error(out.double(), x, ids, weights, experts, SWIGLU) < 0.02
 
 
+def test_outputs_of_some_experts_and_their_sum() -> None:
+    """What devices that have some of the experts each do, and the one that adds: the bits of all in one place."""
+    experts = experts_of(["bf16", "int4", "fp8"])
+    ids, weights = routing(4, 3, 2)
+    x = random(4, HIDDEN).bfloat16()
+    out = torch.full((4, 2, HIDDEN), 7.0)
+    for own in ((0, 2), (1,)):
+        places = torch.tensor([own.index(one) if one in own else -1 for one in range(3)])[ids]
+        before = out.clone()
+        table = prepared(ExpertTable([experts[one] for one in own]))
+        TritonOperators.expert_outputs(x, places, table, SWIGLU, out)
+        assert torch.equal(out[places < 0], before[places < 0])
+    added = TritonOperators.weighted_sum(out, weights, torch.bfloat16)
+    assert torch.equal(added, TritonOperators.moe(x, ids, weights, prepared(experts)))
+    assert torch.equal(added, reference.weighted_sum(out, weights, torch.bfloat16))
+
+
 def test_no_tokens() -> None:
     out = TritonOperators.moe(
         random(0, HIDDEN), torch.empty((0, 2), dtype=torch.int64), random(0, 2), prepared(experts_of(["bf16", "fp8"]))

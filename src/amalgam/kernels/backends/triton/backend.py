@@ -8,8 +8,8 @@ from weakref import WeakSet
 
 import torch
 
-from amalgam.kernels.backends.base import ActivationType, Compiled, Tables
-from amalgam.kernels.backends.reference.interpreter import Interpreted
+from amalgam.kernels.backends.base import ActivationType, Compiled, OwnMixture, Tables
+from amalgam.kernels.backends.reference.interpreter import ByOperators, Interpreted
 from amalgam.kernels.backends.triton import products
 from amalgam.kernels.backends.triton.experts import Launch, TritonExperts, launches_of, prepare_experts
 from amalgam.kernels.backends.triton.kinds import TritonWeight
@@ -18,12 +18,14 @@ from amalgam.kernels.packed import ExpertTable, PackedWeight
 from amalgam.kernels.program import Embed, Head, Instruction, Mix, Program, Project
 
 
-class TritonBackend:
+class TritonBackend(ByOperators):
     """See `Backend`. Runs on a CUDA device; on the CPU, where Triton's interpreter runs kernels.
 
     A version's experts are launched as those of the versions beside it: where it brings no kind of weights that they
     have not, its launches are theirs, and only tables differ.
     """
+
+    operators = TritonOperators
 
     def __init__(self, dtype: torch.dtype, device: torch.device) -> None:
         self.device = device
@@ -40,6 +42,10 @@ class TritonBackend:
     def prepare(self, weight: PackedWeight, activation: ActivationType, *, codes: bool) -> PackedWeight:
         """`activation` changes nothing: kernels multiply activations as they are."""
         return TritonWeight.of(weight.to(self.device))
+
+    def prepare_experts(self, experts: ExpertTable) -> ExpertTable:
+        launches = launches_of(experts)
+        return experts if launches is None else prepare_experts(experts, launches)
 
     def compile(self, program: Program, tables: Tables) -> Compiled:
         return Interpreted(self.ready(program), self._dtype, tables, TritonOperators, self._who)
@@ -65,7 +71,7 @@ class TritonBackend:
                 yield one
 
     def _prepared(self, experts: ExpertTable, place: int) -> ExpertTable:
-        if isinstance(experts, TritonExperts):
+        if isinstance(experts, TritonExperts | OwnMixture):
             return experts
         self._experts += [WeakSet() for _ in range(place + 1 - len(self._experts))]
         beside = self._experts[place]

@@ -125,8 +125,13 @@ def _has_bias(expert: Expert) -> bool:
 
 
 def supports_moe(x: Tensor, experts: ExpertTable) -> bool:
-    """Whether `moe` takes these."""
+    """Whether `moe` and `expert_outputs` take these."""
     return isinstance(experts, TritonExperts) and x.dim() == 2 and x.dtype in FLOAT_TYPES and runs_on(x, experts.table)
+
+
+def supports_sum(outputs: Tensor, gate_weights: Tensor, dtype: torch.dtype) -> bool:
+    """Whether `weighted_sum` takes these."""
+    return outputs.dtype in FLOAT_TYPES and dtype in FLOAT_TYPES and runs_on(outputs, gate_weights)
 
 
 @dataclass(frozen=True)
@@ -161,21 +166,34 @@ def moe(
     x: Tensor, expert_ids: Tensor, gate_weights: Tensor, experts: ExpertTable, activation: Activation = SWIGLU
 ) -> Tensor:
     """See `operators.moe`. Gate and up meet in float32; what down reads, and each expert's result, has x's type."""
+    outer = torch.empty((*expert_ids.shape, experts[0].down.shape[0]), dtype=x.dtype, device=x.device)
+    expert_outputs(x, expert_ids, experts, activation, outer)
+    return weighted_sum(outer, gate_weights, x.dtype)
+
+
+def expert_outputs(x: Tensor, expert_ids: Tensor, experts: ExpertTable, activation: Activation, out: Tensor) -> None:
+    """See `operators.expert_outputs`. out: contiguous, of x's type or float32."""
     assert isinstance(experts, TritonExperts), type(experts)
     x = x if x.stride(1) == 1 else x.contiguous()
-    tokens, choices = expert_ids.shape
     is_wide = any(compute_type(x.dtype, *launch.kinds) == tl.float32 for launch in experts.launches)
-    sizes, hidden = Sizes(tokens, choices, len(experts), is_wide), experts[0].down.shape[0]
-    out = torch.empty((x.shape[0], hidden), dtype=x.dtype, device=x.device)
-    if not sizes.slots:
-        return out.zero_()
-    with on_device_of(x):
-        order, tiles, counts = _sort(expert_ids, experts, sizes)
-        outer = _multiply(x, experts, sizes, activation, order, tiles, counts)
+    tokens, choices = expert_ids.shape
+    sizes = Sizes(tokens, choices, len(experts), is_wide)
+    if sizes.slots:
+        with on_device_of(x):
+            order, tiles, counts = _sort(expert_ids, experts, sizes)
+            _multiply(x, experts, sizes, activation, order, tiles, counts, out)
+
+
+def weighted_sum(outputs: Tensor, gate_weights: Tensor, dtype: torch.dtype) -> Tensor:
+    """See `operators.weighted_sum`. outputs: contiguous, of any floating type."""
+    tokens, choices, hidden = outputs.shape
+    out = torch.empty((tokens, hidden), dtype=dtype, device=outputs.device)
+    if tokens:
         block = min(1024, power_of_two(hidden))
-        sum_kernel[(sizes.tokens, -(-hidden // block))](
-            outer, gate_weights.float().contiguous(), out, hidden, CHOICES=sizes.choices, BLOCK=block, **OPTIONS
-        )
+        weights = gate_weights.float().contiguous()
+        with on_device_of(outputs):
+            grid = (tokens, -(-hidden // block))
+            sum_kernel[grid](outputs, weights, out, hidden, CHOICES=choices, BLOCK=block, **OPTIONS)
     return out
 
 
@@ -211,11 +229,11 @@ def _multiply(
     order: Tensor,
     tiles: Tensor,
     counts: Tensor,
-) -> Tensor:
-    """`[slots, hidden]`, each choice's expert of its token."""
+    outer: Tensor,
+) -> None:
+    """outer: `[tokens, k, hidden]`, each choice's expert of its token."""
     (width, _), hidden = experts[0].gate.shape, experts[0].down.shape[0]
     inner = torch.empty((sizes.slots, width), dtype=x.dtype, device=x.device)
-    outer = torch.empty((sizes.slots, hidden), dtype=x.dtype, device=x.device)
     for number, launch in enumerate(experts.launches):
         compute = compute_type(x.dtype, *launch.kinds)
         tile = tile_for(sizes.rows, *launch.kinds, is_wide=compute == tl.float32)
@@ -258,7 +276,6 @@ def _multiply(
             down_kernel[grid](
                 inner, experts.table, order, tiles, counts, outer, sizes.num_tiles, outputs, KIND=kind, **common
             )
-    return outer
 
 
 def _variants() -> Iterator[Variant]:

@@ -21,7 +21,7 @@ TABLE_ROWS = 3 * FIELDS.value + 2
 
 @triton.jit(do_not_specialize=["num_slots", "num_tiles"])
 def sort_kernel(
-    ids,  # int64 or int32 [slots], experts; slot = token × k + choice
+    ids,  # int64 or int32 [slots], experts, -1: none; slot = token × k + choice
     table,  # int64 [TABLE_ROWS, NUM]
     order,  # int32 [slots], slots by expert, those of one expert ascending
     tiles,  # int32 [LAUNCHES, num_tiles, 3], expert, first place in the order, end of the expert's places
@@ -41,8 +41,8 @@ def sort_kernel(
     heights = tl.zeros((WIDTH,), tl.int32)
     for start in range(0, num_slots, BLOCK):
         slot = start + tl.arange(0, BLOCK)
-        here = tl.load(ids + slot, mask=slot < num_slots, other=0).to(tl.int32)
-        heights += tl.histogram(here, WIDTH, mask=slot < num_slots)
+        here = tl.load(ids + slot, mask=slot < num_slots, other=-1).to(tl.int32)
+        heights += tl.histogram(tl.maximum(here, 0), WIDTH, mask=here >= 0)
     first = tl.sum(tl.where(experts < expert, heights, 0))
     end = first + tl.sum(tl.where(experts == expert, heights, 0))
 
@@ -153,7 +153,7 @@ def down_kernel(
     order,
     tiles,
     counts,
-    outer,  # [slots, outputs], by slot
+    outer,  # [slots, outputs], by slot: values of inner's type, in that or a wider one
     num_tiles,
     outputs,
     LAUNCH: tl.constexpr,
@@ -181,7 +181,8 @@ def down_kernel(
     sums = finished(sums, parts, KIND, output, is_output, HAS_BIAS)
     slot = tl.load(order + place, mask=is_row, other=0)
     where = outer + slot.to(tl.int64)[None, :] * outputs + output[:, None]
-    tl.store(where, rounded(sums, outer.dtype.element_ty), mask=is_output[:, None] & is_row[None, :])
+    value = rounded(sums, inner.dtype.element_ty).to(outer.dtype.element_ty)
+    tl.store(where, value, mask=is_output[:, None] & is_row[None, :])
 
 
 @triton.jit

@@ -53,6 +53,27 @@ class TritonOperators(Operators):
             return mixtures.moe(x, expert_ids, gate_weights, experts, activation)
         return Operators.moe(x, expert_ids, gate_weights, experts, activation)
 
+    @staticmethod
+    def expert_outputs(
+        x: Tensor,
+        expert_ids: Tensor,
+        experts: ExpertTable,
+        activation: Activation,
+        out: Tensor,
+        *,
+        num_threads: int | None = None,
+    ) -> None:
+        if mixtures.supports_moe(x, experts) and out.is_contiguous() and out.dtype in (x.dtype, torch.float32):
+            mixtures.expert_outputs(x, expert_ids, experts, activation, out)
+        else:
+            Operators.expert_outputs(x, expert_ids, experts, activation, out, num_threads=num_threads)
+
+    @staticmethod
+    def weighted_sum(outputs: Tensor, gate_weights: Tensor, dtype: torch.dtype) -> Tensor:
+        if mixtures.supports_sum(outputs, gate_weights, dtype):
+            return mixtures.weighted_sum(outputs.contiguous(), gate_weights, dtype)
+        return Operators.weighted_sum(outputs, gate_weights, dtype)
+
 
 def who_runs(instruction: Instruction, dtype: torch.dtype, device: torch.device) -> str:
     """Who does an instruction's work where these operators run it, with activations of a type; for people."""

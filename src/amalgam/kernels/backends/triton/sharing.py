@@ -14,6 +14,7 @@ from typing import Any
 
 from torch import Tensor
 
+from amalgam.kernels.backends.base import OwnMixture
 from amalgam.kernels.backends.triton.experts import TritonExperts
 from amalgam.kernels.packed import Expert, ExpertTable, PackedWeight
 from amalgam.kernels.program import Mix, Program, Projection
@@ -40,7 +41,8 @@ def with_tables(program: Program, tables: Sequence[Tensor]) -> Program:
 def signature_of(program: Program) -> tuple[Any, ...]:
     """Equal for programs that launch the same kernels on the same weights, but for what their tables say.
 
-    Tensors are told apart by where they lie: only among programs that somebody keeps.
+    Tensors, and mixtures over several devices, are told apart by where they lie: only among programs that somebody
+    keeps.
     """
     return tuple(
         (type(one), *(_essence(getattr(one, part.name)) for part in fields(one))) for one in program.instructions
@@ -58,6 +60,8 @@ def _essence(value: Any) -> Any:
             return value.data_ptr(), value.dtype, tuple(value.shape), value.stride()
         case TritonExperts():
             return value.launches, value.has_bias, tuple(value.table.shape), value[0].gate.shape
+        case OwnMixture():  # its experts lie on several devices, and it alone knows where
+            return id(value)
         case ExpertTable():
             return tuple(map(_essence, value.experts))
         case PackedWeight():
