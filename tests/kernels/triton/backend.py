@@ -1,52 +1,28 @@
-"""Programs with the operators of a step in Triton, products of weights in torch, and what stands in for CUDA graphs."""
+"""The Triton backend where Triton interprets, and what stands in for CUDA graphs."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
+import pytest
 import torch
-from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from amalgam.kernels.backends import Compiled, Tables
-from amalgam.kernels.backends.reference.interpreter import Interpreted, ReferenceBackend
-from amalgam.kernels.backends.reference.operators import Operators
+from amalgam.kernels.backends.triton.backend import TritonBackend
 from amalgam.kernels.backends.triton.graphs import Outputs
-from amalgam.kernels.backends.triton.steps import StepOperators, has_kernel
-from amalgam.kernels.packed import SWIGLU, Activation, ExpertTable
-from amalgam.kernels.program import Instruction, Program
 
 CPU = torch.device("cpu")
 
 
-class Steps(StepOperators):
-    """Products of weights as in the reference, but a mixture that does not ask the host how many rows an expert has."""
-
-    @classmethod
-    def moe(
-        cls, x: Tensor, expert_ids: Tensor, gate_weights: Tensor, experts: ExpertTable, activation: Activation = SWIGLU
-    ) -> Tensor:
-        results = []
-        for expert_id in range(len(experts)):
-            one = experts[expert_id]
-            gate, up = cls.linear(x, one.gate, one.gate_bias), cls.linear(x, one.up, one.up_bias)
-            results.append(cls.linear(Operators.gated(gate, up, activation), one.down, one.down_bias).float())
-        places = expert_ids.unsqueeze(2).expand(-1, -1, x.shape[1])
-        chosen = torch.stack(results, dim=1).gather(1, places)
-        return (chosen * gate_weights.unsqueeze(2)).sum(1).to(x.dtype)
-
-
-class StepBackend(ReferenceBackend):
-    """Everything but products of weights in Triton."""
-
-    def compile(self, program: Program, tables: Tables) -> Compiled:
-        return Interpreted(program, self._dtype, tables, Steps, who)
-
-
-def who(instruction: Instruction, dtype: torch.dtype) -> str:
-    return "triton" if has_kernel(instruction, dtype) else "torch"
+@contextmanager
+def loading() -> Iterator[None]:
+    """Within it models are loaded for Triton's kernels."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("amalgam.composition.devices.choose_backend", TritonBackend)
+        yield
 
 
 class NothingAsked(TorchDispatchMode):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
 from dataclasses import replace
 from pathlib import Path
 
@@ -15,6 +17,8 @@ from amalgam.config.settings import InferenceSettings, MixedPrecisionSettings, M
 from amalgam.formats.grid import QuantizeOptions
 from amalgam.kernels.backends import choose_backend, why_no_triton
 from amalgam.kernels.backends.reference.interpreter import ReferenceBackend
+from amalgam.kernels.backends.split.experts import Splitter
+from amalgam.kernels.program import Mix, Program
 from amalgam.kernels.step import StepContext, StepSequence
 from amalgam.models.decoder import Decoder, emit
 from amalgam.models.kv_cache import KVCache
@@ -26,7 +30,8 @@ from tests.models.tiny import save_tiny
 pytest.importorskip("triton")
 
 from amalgam.kernels.backends.triton.backend import TritonBackend
-from amalgam.kernels.backends.triton.sharing import signature_of, tables_of, with_tables
+from amalgam.kernels.backends.triton.sharing import signature_of
+from tests.kernels.triton.backend import Repeater, loading
 
 CPU = torch.device("cpu")
 EXPERTS = "model.layers.*.mlp.experts.*"
@@ -46,7 +51,7 @@ AFTER = (
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("tiny")
     family = next(family for family in all_families() if family.name == "qwen3_moe")
-    save_tiny(family, folder / "base", dtype=torch.bfloat16)
+    save_tiny(family, folder / "base", dtype=torch.bfloat16, num_hidden_layers=1)
     for name in ("int4", "fp8"):
         options = QuantizeOptions(group_size=32) if name == "int4" else QuantizeOptions()
         quantize_checkpoint(str(folder / "base"), folder / name, name, options)
@@ -59,8 +64,7 @@ def loader(folder: Path) -> ModelLoader:
     sources = {name: str(folder / name) for name in ("int4", "fp8")}
     mixed = MixedPrecisionSettings(sources=sources, weight_mapping={rule.pattern: rule.source for rule in BEFORE})
     settings = ModelSettings(base_path=str(folder / "base"), mixed_precision=mixed)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("amalgam.composition.loader.choose_backend", TritonBackend)
+    with loading():
         return ModelLoader(settings, InferenceSettings(), CPU, threads=1)
 
 
@@ -95,20 +99,61 @@ def test_model_and_remap(loader: ModelLoader, versions: tuple[WeightVersion, Wei
     assert worst(logits_of(narrow, version), exact) < 1.5 * theirs
 
 
-def test_a_remap_is_a_change_of_tables(loader: ModelLoader, versions: tuple[WeightVersion, WeightVersion]) -> None:
-    """A program with tables of its own, as a captured graph has them, runs whichever version they are copied from."""
-    backend = TritonBackend(torch.bfloat16, CPU)
+def test_a_remap_is_a_change_of_tables(loader: ModelLoader) -> None:
+    """Versions run what was recorded once, and it keeps none of their experts."""
+    repeater = Repeater()
+    backend = TritonBackend(torch.bfloat16, CPU, repeater, sizes=(2,))
     decoder = Decoder(loader.spec, 64, torch.bfloat16, CPU, lambda dtype, device: backend)
-    first, second = (backend.ready(emit(loader.spec, one, decoder.ropes)) for one in versions)
-    assert signature_of(first) == signature_of(second)
+    plain, cache = like(decoder, TritonBackend), KVCache.allocate(loader.spec, 4, 4, torch.bfloat16, CPU)
+    first = loader.build(loader.plan(), 1).version
+    second = loader.build(loader.plan(AFTER), 2, first).version
+    expected = {one: step(plain, one, cache) for one in (first, second)}
+    for one in (first, second, first):
+        assert torch.equal(step(decoder, one, cache), expected[one])
+    assert len(repeater.recordings) == 1
+    assert decoder.compile(first).describe()["steps"].startswith("CUDA graphs")
 
-    tables = [torch.zeros_like(table) for table in tables_of(first)]
-    captured = backend.compile(with_tables(first, tables), decoder.tables(versions[0]))
-    for one, of_it in zip(versions, (first, second), strict=True):
-        for table, its in zip(tables, tables_of(of_it), strict=True):
-            table.copy_(its)
-        step = StepContext([StepSequence([5, 9], 0, [0], 2)], cache(decoder))
-        assert torch.equal(captured.run(step), decoder.compile(one).run(replace(step, kv=cache(decoder))))
+    left = [weakref.ref(first[slot]) for slot in first.origins if first[slot] is not second[slot]]
+    logits = expected.pop(second)
+    del first, one, expected
+    gc.collect()
+    assert left and all(weight() is None for weight in left)
+    assert torch.equal(step(decoder, second, cache), logits)
+    assert len(repeater.recordings) == 1
+
+
+def step(decoder: Decoder, version: WeightVersion, cache: KVCache) -> Tensor:
+    """Logits of two sequences' first tokens."""
+    sequences = [StepSequence([5], 0, [0], 1), StepSequence([9], 0, [2], 1)]
+    return decoder.forward(StepContext(sequences, cache), version).clone()
+
+
+def test_experts_on_two_devices(loader: ModelLoader, versions: tuple[WeightVersion, WeightVersion]) -> None:
+    """The other device computes by the reference: Triton's interpreter runs one kernel at a time in a process."""
+    backend = TritonBackend(torch.float32, CPU, Repeater())
+    decoder = Decoder(loader.spec, 64, torch.float32, CPU, lambda dtype, device: backend)
+    program = emit(loader.spec, versions[0], decoder.ropes)
+    places = tuple("cpu:1" if expert % 3 else None for expert in range(len(mix_of(program).experts)))
+    there = Program(
+        tuple(
+            replace(one, experts=replace(one.experts, devices=places)) if isinstance(one, Mix) else one
+            for one in program.instructions
+        )
+    )
+    splitter = Splitter(backend, lambda name: ReferenceBackend(torch.float32, CPU))
+    context = StepContext([StepSequence([5, 9, 7], 0, [0], 3)], KVCache.allocate(loader.spec, 4, 4, torch.float32, CPU))
+    tables = decoder.tables(versions[0])
+    split = backend.compile(splitter.split(there), tables)
+    logits = split.run(context)
+    whole = ReferenceBackend(torch.float32, CPU).compile(program, tables).run(context)
+    assert worst(logits, whole) < 2e-5
+    assert splitter.traffic["cpu:1"].sent_bytes > 0
+    said = split.describe()
+    assert "cpu:1" in said["mix"] and said["steps"].startswith("not recorded")
+
+
+def mix_of(program: Program) -> Mix:
+    return next(one for one in program.instructions if isinstance(one, Mix))
 
 
 def test_another_kind_of_weights_is_another_program(loader: ModelLoader) -> None:
@@ -124,13 +169,11 @@ def test_another_kind_of_weights_is_another_program(loader: ModelLoader) -> None
     assert len({first, second, third}) == 3
 
 
-def cache(decoder: Decoder) -> KVCache:
-    return KVCache.allocate(decoder.spec, 4, 4, decoder.dtype, CPU)
-
-
 def test_what_ran_is_said(loader: ModelLoader, versions: tuple[WeightVersion, WeightVersion]) -> None:
     said = Decoder(loader.spec, 64, torch.bfloat16, CPU, TritonBackend).compile(versions[0]).describe()
-    assert {said[name] for name in ("embed", "project", "mix", "head")} == {"triton (cpu)"}
+    assert {said[name] for name in ("embed", "normalize", "project", "attend", "route", "mix", "head")} == {
+        "triton (cpu)"
+    }
 
 
 def test_who_is_chosen() -> None:

@@ -59,8 +59,8 @@ IS_EXACT = {
     + [(name, torch.float32) for name in ("bf16", "fp8 block", "int4 32 zero")],
 )
 def test_product(name: str, dtype: torch.dtype) -> None:
-    weight = WEIGHTS[name]((40, 384))
-    x = random(3, 384).to(dtype)
+    weight = WEIGHTS[name]((24, 256))
+    x = random(3, 256).to(dtype)
     out = TritonOperators.linear(x, ready(weight), out_dtype=torch.float32)
     expected, magnitude = exact(x, weight)
     bound = SUMS + (0 if name in IS_EXACT else HALF_STEP[dtype])
@@ -77,11 +77,11 @@ def test_inputs_that_fill_no_step(name: str) -> None:
     assert ((out - expected).abs() <= (SUMS + HALF_STEP[torch.bfloat16]) * magnitude).all()
 
 
-@pytest.mark.parametrize("seed", range(8))
+@pytest.mark.parametrize("seed", range(4))
 def test_random_shapes(seed: int) -> None:
     dice = random_numbers.Random(seed)
     names = dice.sample([name for name in WEIGHTS if "24" not in name and "odd" not in name], 2)
-    rows, inputs = dice.choice((1, 2, 9, 17, 40)), 128 * dice.randint(1, 5)
+    rows, inputs = dice.choice((1, 2, 9, 17, 40)), 128 * dice.randint(1, 3)
     weights = {name: WEIGHTS[name]((dice.randint(1, 150), inputs)) for name in names}
     x = random(rows, inputs, seed=seed).bfloat16()
     outs = TritonOperators.linears(x, [ready(weight) for weight in weights.values()])
@@ -121,7 +121,7 @@ def test_same_bits_for_any_number_of_rows() -> None:
     weight.parts["scale"].fill_(0.5)
     read = ready(weight)
     assert products.stacks_of((read,), (None,))[0].ranges == 2
-    x = torch.randint(-4, 5, (67, 1024), generator=torch.Generator().manual_seed(5)).bfloat16()
+    x = torch.randint(-4, 5, (35, 1024), generator=torch.Generator().manual_seed(5)).bfloat16()
     expected = (x.double() @ weight.dequantize(torch.float64).T).float()
     many = TritonOperators.linear(x, read, out_dtype=torch.float32)
     assert torch.equal(many, expected)
@@ -140,7 +140,7 @@ def test_rows_of_another_width() -> None:
 
 @pytest.mark.parametrize("name", WEIGHTS)
 def test_embedding(name: str) -> None:
-    ids, weight = torch.tensor([6, 0, 6]), WEIGHTS[name]((7, 384))
+    ids, weight = torch.tensor([6, 0, 6]), WEIGHTS[name]((7, 256))
     expected = reference.embedding(ids, weight, torch.bfloat16)
     assert torch.equal(TritonOperators.embedding(ids, ready(weight), torch.bfloat16), expected)
 

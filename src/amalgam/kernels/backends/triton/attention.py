@@ -30,6 +30,7 @@ from torch import Tensor
 from amalgam.kernels.backends.triton.attention_kernels import attend, combine
 from amalgam.kernels.backends.triton.batches import tiles_of
 from amalgam.kernels.backends.triton.launching import FLOAT_TYPES, on_device_of, power_of_two, runs_on
+from amalgam.kernels.backends.triton.numbers import OPTIONS
 from amalgam.kernels.backends.triton.variants import Variant
 from amalgam.kernels.step import AttentionBatch, LayerCache
 
@@ -186,6 +187,7 @@ def _launch(
         ),
         num_warps=shape.warps,
         num_stages=_STAGES,
+        **OPTIONS,
     )
     if is_split:
         combine[(num_tiles, shape.heads)](
@@ -199,6 +201,7 @@ def _launch(
             *limits,
             **combining_constants_of(shape, sinks is not None),
             num_warps=_combining_warps(shape),
+            **OPTIONS,
         )
 
 

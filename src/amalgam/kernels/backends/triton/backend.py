@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import sys
+import threading
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
-from weakref import WeakSet
+from typing import Any
+from weakref import WeakKeyDictionary, WeakSet, WeakValueDictionary
 
 import torch
 
@@ -12,8 +15,11 @@ from amalgam.kernels.backends.base import ActivationType, Compiled, OwnMixture, 
 from amalgam.kernels.backends.reference.interpreter import ByOperators, Interpreted
 from amalgam.kernels.backends.triton import products
 from amalgam.kernels.backends.triton.experts import Launch, TritonExperts, launches_of, prepare_experts
+from amalgam.kernels.backends.triton.graphs import SIZES, CapturedProgram, CudaRecorder, Recorder, Recordings
 from amalgam.kernels.backends.triton.kinds import TritonWeight
-from amalgam.kernels.backends.triton.operators import TritonOperators, who_runs
+from amalgam.kernels.backends.triton.operators import TritonOperators, who_runs, why_not_recorded
+from amalgam.kernels.backends.triton.sharing import signature_of, tables_of, with_tables
+from amalgam.kernels.backends.triton.steps import with_expanded_latents
 from amalgam.kernels.packed import ExpertTable, PackedWeight
 from amalgam.kernels.program import Embed, Head, Instruction, Mix, Program, Project
 
@@ -22,16 +28,33 @@ class TritonBackend(ByOperators):
     """See `Backend`. Runs on a CUDA device; on the CPU, where Triton's interpreter runs kernels.
 
     A version's experts are launched as those of the versions beside it: where it brings no kind of weights that they
-    have not, its launches are theirs, and only tables differ.
+    have not, its launches are theirs, only tables differ, and what has been recorded of their steps is run for its own.
+
+    Args:
+        recorder: of small steps; None: CUDA graphs on a CUDA device, else nothing is recorded.
+        sizes: rows of what it records, ascending.
     """
 
     operators = TritonOperators
 
-    def __init__(self, dtype: torch.dtype, device: torch.device) -> None:
+    def __init__(
+        self,
+        dtype: torch.dtype,
+        device: torch.device,
+        recorder: Recorder | None = None,
+        sizes: Sequence[int] = SIZES,
+    ) -> None:
         self.device = device
         self._dtype = dtype
+        self._recorder = CudaRecorder() if recorder is None and device.type == "cuda" else recorder
+        self._sizes = sizes
         # Of each place in a program that has experts, those of all versions that somebody still holds.
         self._experts: list[WeakSet[TritonExperts]] = []
+        self._latents: WeakKeyDictionary[PackedWeight, PackedWeight] = WeakKeyDictionary()
+        # What is recorded stays as long as a version's program needs it, and what it reads as long as that: so no
+        # address in a key has come to mean another tensor.
+        self._recordings: WeakValueDictionary[tuple[Any, ...], Recordings] = WeakValueDictionary()
+        self._compiling = threading.Lock()  # any thread compiles
 
     def coded_bytes(self, shape: tuple[int, ...]) -> int | None:
         return None
@@ -48,14 +71,42 @@ class TritonBackend(ByOperators):
         return experts if launches is None else prepare_experts(experts, launches)
 
     def compile(self, program: Program, tables: Tables) -> Compiled:
-        return Interpreted(self.ready(program), self._dtype, tables, TritonOperators, self._who)
+        with self._compiling:
+            program = self.ready(program)
+            compiled = self._interpreted(program, tables)
+            if self._recorder is None:
+                return CapturedProgram(compiled, None, reason=f"there are no graphs on {self.device}")
+            reason = why_not_recorded(program, self._dtype)
+            if reason is not None:
+                return CapturedProgram(compiled, None, reason=reason)
+            return CapturedProgram(compiled, self._recorded(program, tables, self._recorder), tables_of(program))
 
     def ready(self, program: Program) -> Program:
         """The program with all tables that its launches read; see `sharing.py` for whose launches are alike."""
+        program = with_expanded_latents(program, self._dtype, self._latents)
         program = Program(tuple(self._read_by_kernels(program)))
         for instruction in program.instructions:
             _look_up(instruction)
         return program
+
+    def _interpreted(self, program: Program, tables: Tables) -> Interpreted:
+        return Interpreted(program, self._dtype, tables, TritonOperators, self._who)
+
+    def _recorded(self, program: Program, tables: Tables, recorder: Recorder) -> Recordings:
+        """What is recorded of programs like this one, which differ in where their experts lie."""
+        rotations = tuple(part.data_ptr() for pair in tables for part in pair)
+        key = (signature_of(program), rotations)
+        found = self._recordings.get(key)
+        if found is None:
+            own = [torch.empty_like(table) for table in tables_of(program)]
+            found = self._recordings[key] = Recordings(
+                self._interpreted(with_tables(program, own), tables),
+                recorder,
+                max_positions=_num_positions(program, tables),
+                tables=own,
+                sizes=self._sizes,
+            )
+        return found
 
     def _read_by_kernels(self, program: Program) -> Iterator[Instruction]:
         place = 0
@@ -87,6 +138,12 @@ class TritonBackend(ByOperators):
 
     def _who(self, instruction: Instruction, dtype: torch.dtype) -> str:
         return who_runs(instruction, dtype, self.device)
+
+
+def _num_positions(program: Program, tables: Tables) -> int:
+    """How many positions a sequence can have; a program that turns and learns none leaves it to the cache."""
+    learned = [one.weight.shape[0] for one in program.instructions if isinstance(one, Embed) and one.by_position]
+    return min([len(cos) for cos, _ in tables] + learned, default=sys.maxsize)
 
 
 def _look_up(instruction: Instruction) -> None:

@@ -14,6 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from amalgam.kernels.backends.triton.launching import FLOAT_TYPES, on_device_of, power_of_two, rounded, runs_on
+from amalgam.kernels.backends.triton.numbers import OPTIONS
 from amalgam.kernels.backends.triton.variants import Variant
 from amalgam.kernels.packed import Activation
 
@@ -69,6 +70,7 @@ def _norm(x: Tensor, delta: Tensor | None, weight: Tensor, bias: Tensor | None, 
                 WIDTH=width,
                 BLOCK=block,
                 num_warps=min(16, max(1, block // 512)),
+                **OPTIONS,
             )
     return total, out
 
@@ -132,6 +134,7 @@ def gated(gate: Tensor, up: Tensor, activation: Activation) -> Tensor:
                 IS_PLAIN=is_plain,
                 IS_GELU=activation.is_gelu,
                 LIMITS_LAST=activation.limits_last,
+                **OPTIONS,
             )
     return out
 
@@ -148,7 +151,12 @@ def gelu(x: Tensor) -> Tensor:
     if out.numel():
         with on_device_of(x):
             gelu_rows[(len(rows), triton.cdiv(rows.shape[1], _STRETCH))](
-                rows, out, rows.stride(0), rows.shape[1], BLOCK=min(_STRETCH, power_of_two(rows.shape[1]))
+                rows,
+                out,
+                rows.stride(0),
+                rows.shape[1],
+                BLOCK=min(_STRETCH, power_of_two(rows.shape[1])),
+                **OPTIONS,
             )
     return out
 

@@ -14,7 +14,7 @@ changes with the table alone. A captured graph stays valid as long as no kind co
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from types import MappingProxyType
 
 import torch
@@ -62,14 +62,21 @@ class TritonExperts(ExpertTable):
     Attributes:
         launches: those of gate and up, then those of down. Some may have no expert.
         has_bias: whether every expert has biases.
+        hidden, width: what an expert reads and makes, and what is between its projections.
         table: int64 `[TABLE_ROWS, experts]` of `grouped.py`, on the device.
         kept: what it points to.
     """
 
     launches: tuple[Launch, ...] = field(kw_only=True)
     has_bias: bool = field(kw_only=True)
+    hidden: int = field(kw_only=True)
+    width: int = field(kw_only=True)
     table: Tensor = field(kw_only=True)
     kept: tuple[Tensor, ...] = field(kw_only=True)
+
+    def anywhere(self, table: Tensor) -> TritonExperts:
+        """Experts launched alike, wherever another table says that they are. Nothing here keeps their weights."""
+        return replace(self, experts=(), devices=(), table=table, kept=())
 
 
 def launches_of(experts: ExpertTable, others: Sequence[Launch] = ()) -> tuple[Launch, ...] | None:
@@ -102,8 +109,15 @@ def prepare_experts(experts: ExpertTable, launches: tuple[Launch, ...]) -> Trito
         kept += [bias for bias in biases if bias is not None]
         columns.append([*column, numbers[_launch_of(expert.gate, expert.up)], numbers[_launch_of(expert.down)]])
     table = torch.tensor(columns, dtype=torch.int64).t().contiguous().to(kept[0].device)
+    hidden, width = experts[0].down.shape
     return TritonExperts(
-        experts.experts, launches=launches, table=table, has_bias=_has_bias(experts[0]), kept=tuple(kept)
+        experts.experts,
+        launches=launches,
+        has_bias=_has_bias(experts[0]),
+        hidden=hidden,
+        width=width,
+        table=table,
+        kept=tuple(kept),
     )
 
 
@@ -166,7 +180,8 @@ def moe(
     x: Tensor, expert_ids: Tensor, gate_weights: Tensor, experts: ExpertTable, activation: Activation = SWIGLU
 ) -> Tensor:
     """See `operators.moe`. Gate and up meet in float32; what down reads, and each expert's result, has x's type."""
-    outer = torch.empty((*expert_ids.shape, experts[0].down.shape[0]), dtype=x.dtype, device=x.device)
+    assert isinstance(experts, TritonExperts), type(experts)
+    outer = torch.empty((*expert_ids.shape, experts.hidden), dtype=x.dtype, device=x.device)
     expert_outputs(x, expert_ids, experts, activation, outer)
     return weighted_sum(outer, gate_weights, x.dtype)
 
@@ -177,7 +192,7 @@ def expert_outputs(x: Tensor, expert_ids: Tensor, experts: ExpertTable, activati
     x = x if x.stride(1) == 1 else x.contiguous()
     is_wide = any(compute_type(x.dtype, *launch.kinds) == tl.float32 for launch in experts.launches)
     tokens, choices = expert_ids.shape
-    sizes = Sizes(tokens, choices, len(experts), is_wide)
+    sizes = Sizes(tokens, choices, experts.table.shape[1], is_wide)
     if sizes.slots:
         with on_device_of(x):
             order, tiles, counts = _sort(expert_ids, experts, sizes)
@@ -232,8 +247,7 @@ def _multiply(
     outer: Tensor,
 ) -> None:
     """outer: `[tokens, k, hidden]`, each choice's expert of its token."""
-    (width, _), hidden = experts[0].gate.shape, experts[0].down.shape[0]
-    inner = torch.empty((sizes.slots, width), dtype=x.dtype, device=x.device)
+    inner = torch.empty((sizes.slots, experts.width), dtype=x.dtype, device=x.device)
     for number, launch in enumerate(experts.launches):
         compute = compute_type(x.dtype, *launch.kinds)
         tile = tile_for(sizes.rows, *launch.kinds, is_wide=compute == tl.float32)
@@ -248,7 +262,7 @@ def _multiply(
             "num_stages": tile.num_stages,
             **OPTIONS,
         }
-        outputs = width if launch.is_first else hidden
+        outputs = experts.width if launch.is_first else experts.hidden
         grid = (sizes.num_tiles, -(-outputs // tile.outputs))
         if launch.is_first:
             up_kernel[grid](

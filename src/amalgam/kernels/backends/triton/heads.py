@@ -25,6 +25,7 @@ from amalgam.kernels.backends.triton.launching import (
     rounded,
     runs_on,
 )
+from amalgam.kernels.backends.triton.numbers import OPTIONS
 from amalgam.kernels.backends.triton.variants import Variant
 from amalgam.kernels.step import CachedAttention, LayerCache
 
@@ -84,6 +85,7 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
             BLOCK_HALF=power_of_two(half),
             BLOCK_REST=power_of_two(dim - 2 * half),
             num_warps=_WARPS,
+            **OPTIONS,
         )
     return out
 
@@ -147,6 +149,7 @@ def _launch(
             NORMS_LAST=how is not None and how.norms_last,
             IS_INTERLEAVED=how is not None and how.is_interleaved,
             num_warps=_WARPS,
+            **OPTIONS,
         )
 
 

@@ -11,16 +11,18 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from amalgam.kernels.backends.base import OwnMixture
 from amalgam.kernels.backends.reference.operators import Operators
 from amalgam.kernels.backends.triton import experts as mixtures
-from amalgam.kernels.backends.triton import products
+from amalgam.kernels.backends.triton import products, steps
 from amalgam.kernels.backends.triton.kinds import TritonWeight
 from amalgam.kernels.backends.triton.launching import FLOAT_TYPES
+from amalgam.kernels.backends.triton.steps import StepOperators
 from amalgam.kernels.packed import SWIGLU, Activation, ExpertTable, PackedWeight
-from amalgam.kernels.program import Embed, Head, Instruction, Mix, Project
+from amalgam.kernels.program import Embed, Head, Instruction, Mix, Program, Project
 
 
-class TritonOperators(Operators):
+class TritonOperators(StepOperators):
     """See `Operators`."""
 
     @staticmethod
@@ -75,21 +77,30 @@ class TritonOperators(Operators):
         return Operators.weighted_sum(outputs, gate_weights, dtype)
 
 
-def who_runs(instruction: Instruction, dtype: torch.dtype, device: torch.device) -> str:
-    """Who does an instruction's work where these operators run it, with activations of a type; for people."""
+def has_kernel(instruction: Instruction, dtype: torch.dtype) -> bool:
+    """Whether kernels do an instruction's work, with activations of a type."""
     match instruction:
         case Project(projections=projections):
-            has_kernel = all(isinstance(projection.weight, TritonWeight) for projection in projections)
-        case Embed(weight=weight):
-            return _named(isinstance(weight, TritonWeight), device)
-        case Head(weight=weight):
-            has_kernel = isinstance(weight, TritonWeight)
+            weights = [projection.weight for projection in projections]
+        case Embed(weight=weight) | Head(weight=weight):
+            weights = [weight]
         case Mix(experts=experts):
-            has_kernel = isinstance(experts, mixtures.TritonExperts)
+            return isinstance(experts, mixtures.TritonExperts) and dtype in FLOAT_TYPES
         case _:
-            has_kernel = False
-    return _named(has_kernel and dtype in FLOAT_TYPES, device)
+            return steps.has_kernel(instruction, dtype)
+    return all(isinstance(weight, TritonWeight) for weight in weights) and dtype in FLOAT_TYPES
 
 
-def _named(has_kernel: bool, device: torch.device) -> str:
-    return f"triton ({device})" if has_kernel else f"torch ({device})"
+def who_runs(instruction: Instruction, dtype: torch.dtype, device: torch.device) -> str:
+    """Who does an instruction's work where these operators run it, with activations of a type; for people."""
+    return f"{'triton' if has_kernel(instruction, dtype) else 'torch'} ({device})"
+
+
+def why_not_recorded(program: Program, dtype: torch.dtype) -> str | None:
+    """Why steps of this program cannot be recorded; None if they can. What torch multiplies may ask the host."""
+    for one in program.instructions:
+        if isinstance(one, Mix) and isinstance(one.experts, OwnMixture):
+            return "experts lie on several devices"
+        if isinstance(one, Embed | Head | Mix | Project) and not has_kernel(one, dtype):
+            return f"{type(one).__name__} reads weights that no kernel reads"
+    return steps.why_not_recorded(program, dtype)

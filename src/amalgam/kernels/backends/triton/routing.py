@@ -17,6 +17,7 @@ import triton.language as tl
 from torch import Tensor
 
 from amalgam.kernels.backends.triton.launching import on_device_of, power_of_two, runs_on
+from amalgam.kernels.backends.triton.numbers import OPTIONS
 from amalgam.kernels.backends.triton.variants import Variant
 from amalgam.kernels.program import Route
 
@@ -60,6 +61,7 @@ def choose_experts(scores: Tensor, one: Route) -> tuple[Tensor, Tensor]:
                 SCORING=_SCORINGS.index(one.scoring),
                 NORMALISES=one.normalises,
                 num_warps=1 if blocks[0] * blocks[1] <= 256 else 4,
+                **OPTIONS,
             )
     return ids, weights
 

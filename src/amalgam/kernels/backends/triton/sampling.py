@@ -20,6 +20,7 @@ import triton.language as tl
 from torch import Tensor
 
 from amalgam.kernels.backends.triton.launching import on_device_of, runs_on
+from amalgam.kernels.backends.triton.numbers import OPTIONS
 from amalgam.kernels.backends.triton.routing import order_of
 from amalgam.kernels.backends.triton.variants import Variant
 
@@ -53,6 +54,7 @@ def draw(logits: Tensor, rows: Sequence[tuple[int, float, float, float, float]])
             vocabulary,
             BLOCK=min(_BLOCK, triton.next_power_of_2(vocabulary)),
             num_warps=_WARPS,
+            **OPTIONS,
         )
     return ids.tolist()
 

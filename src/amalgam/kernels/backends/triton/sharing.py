@@ -26,11 +26,11 @@ def tables_of(program: Program) -> tuple[Tensor, ...]:
 
 
 def with_tables(program: Program, tables: Sequence[Tensor]) -> Program:
-    """The program with experts wherever other tables, of the same shapes, say that they are."""
+    """The program with experts wherever other tables, of the same shapes, say that they are; it holds none of them."""
     left = iter(tables)
     return Program(
         tuple(
-            replace(one, experts=replace(one.experts, table=next(left)))
+            replace(one, experts=one.experts.anywhere(next(left)))
             if isinstance(one, Mix) and isinstance(one.experts, TritonExperts)
             else one
             for one in program.instructions
@@ -59,7 +59,7 @@ def _essence(value: Any) -> Any:
         case Tensor():
             return value.data_ptr(), value.dtype, tuple(value.shape), value.stride()
         case TritonExperts():
-            return value.launches, value.has_bias, tuple(value.table.shape), value[0].gate.shape
+            return value.launches, value.has_bias, tuple(value.table.shape), value.hidden, value.width
         case OwnMixture():  # its experts lie on several devices, and it alone knows where
             return id(value)
         case ExpertTable():

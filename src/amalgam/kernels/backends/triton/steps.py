@@ -30,6 +30,7 @@ from amalgam.kernels.program import (
     Normalize,
     Program,
     Route,
+    Rows,
     ScanStates,
     SwiGlu,
 )
@@ -72,6 +73,14 @@ class StepOperators(Operators):
         if elementwise.supports_gated(gate, up):
             return elementwise.gated(gate, up, activation)
         return Operators.gated(gate, up, activation)
+
+    @classmethod
+    def route(
+        cls, x: Tensor, weight: PackedWeight, k: int, *, normalises: bool, sum_eps: float = 0.0
+    ) -> tuple[Tensor, Tensor]:
+        everything = Rows("x", x.shape[1], 0, x.shape[1])
+        how = Route(everything, weight, 0, k, normalises=normalises, sum_eps=sum_eps)
+        return cls.choose_experts(cls.linear(x.float(), weight), how)
 
     @classmethod
     def choose_experts(cls, scores: Tensor, one: Route) -> tuple[Tensor, Tensor]:
