@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import gc
-import weakref
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -17,11 +14,7 @@ from amalgam.config.settings import InferenceSettings, MixedPrecisionSettings, M
 from amalgam.formats.grid import QuantizeOptions
 from amalgam.kernels.backends import choose_backend, why_no_triton
 from amalgam.kernels.backends.reference.interpreter import ReferenceBackend
-from amalgam.kernels.backends.split.experts import Splitter
-from amalgam.kernels.program import Mix, Program
-from amalgam.kernels.step import StepContext, StepSequence
-from amalgam.models.decoder import Decoder, emit
-from amalgam.models.kv_cache import KVCache
+from amalgam.models.decoder import Decoder
 from amalgam.models.registry import all_families
 from amalgam.models.weights import WeightVersion
 from tests.models.harness import Runner, like
@@ -30,8 +23,7 @@ from tests.models.tiny import save_tiny
 pytest.importorskip("triton")
 
 from amalgam.kernels.backends.triton.backend import TritonBackend
-from amalgam.kernels.backends.triton.sharing import signature_of
-from tests.kernels.triton.backend import Repeater, loading
+from tests.kernels.triton.backend import loading
 
 CPU = torch.device("cpu")
 EXPERTS = "model.layers.*.mlp.experts.*"
@@ -97,76 +89,6 @@ def test_model_and_remap(loader: ModelLoader, versions: tuple[WeightVersion, Wei
     exact = logits_of(like(wide, ReferenceBackend), version)
     theirs = worst(logits_of(like(narrow, ReferenceBackend), version), exact)
     assert worst(logits_of(narrow, version), exact) < 1.5 * theirs
-
-
-def test_a_remap_is_a_change_of_tables(loader: ModelLoader) -> None:
-    """Versions run what was recorded once, and it keeps none of their experts."""
-    repeater = Repeater()
-    backend = TritonBackend(torch.bfloat16, CPU, repeater, sizes=(2,))
-    decoder = Decoder(loader.spec, 64, torch.bfloat16, CPU, lambda dtype, device: backend)
-    plain, cache = like(decoder, TritonBackend), KVCache.allocate(loader.spec, 4, 4, torch.bfloat16, CPU)
-    first = loader.build(loader.plan(), 1).version
-    second = loader.build(loader.plan(AFTER), 2, first).version
-    expected = {one: step(plain, one, cache) for one in (first, second)}
-    for one in (first, second, first):
-        assert torch.equal(step(decoder, one, cache), expected[one])
-    assert len(repeater.recordings) == 1
-    assert decoder.compile(first).describe()["steps"].startswith("CUDA graphs")
-
-    left = [weakref.ref(first[slot]) for slot in first.origins if first[slot] is not second[slot]]
-    logits = expected.pop(second)
-    del first, one, expected
-    gc.collect()
-    assert left and all(weight() is None for weight in left)
-    assert torch.equal(step(decoder, second, cache), logits)
-    assert len(repeater.recordings) == 1
-
-
-def step(decoder: Decoder, version: WeightVersion, cache: KVCache) -> Tensor:
-    """Logits of two sequences' first tokens."""
-    sequences = [StepSequence([5], 0, [0], 1), StepSequence([9], 0, [2], 1)]
-    return decoder.forward(StepContext(sequences, cache), version).clone()
-
-
-def test_experts_on_two_devices(loader: ModelLoader, versions: tuple[WeightVersion, WeightVersion]) -> None:
-    """The other device computes by the reference: Triton's interpreter runs one kernel at a time in a process."""
-    backend = TritonBackend(torch.float32, CPU, Repeater())
-    decoder = Decoder(loader.spec, 64, torch.float32, CPU, lambda dtype, device: backend)
-    program = emit(loader.spec, versions[0], decoder.ropes)
-    places = tuple("cpu:1" if expert % 3 else None for expert in range(len(mix_of(program).experts)))
-    there = Program(
-        tuple(
-            replace(one, experts=replace(one.experts, devices=places)) if isinstance(one, Mix) else one
-            for one in program.instructions
-        )
-    )
-    splitter = Splitter(backend, lambda name: ReferenceBackend(torch.float32, CPU))
-    context = StepContext([StepSequence([5, 9, 7], 0, [0], 3)], KVCache.allocate(loader.spec, 4, 4, torch.float32, CPU))
-    tables = decoder.tables(versions[0])
-    split = backend.compile(splitter.split(there), tables)
-    logits = split.run(context)
-    whole = ReferenceBackend(torch.float32, CPU).compile(program, tables).run(context)
-    assert worst(logits, whole) < 2e-5
-    assert splitter.traffic["cpu:1"].sent_bytes > 0
-    said = split.describe()
-    assert "cpu:1" in said["mix"] and said["steps"].startswith("not recorded")
-
-
-def mix_of(program: Program) -> Mix:
-    return next(one for one in program.instructions if isinstance(one, Mix))
-
-
-def test_another_kind_of_weights_is_another_program(loader: ModelLoader) -> None:
-    backend = TritonBackend(torch.bfloat16, CPU)
-    ropes = Decoder(loader.spec, 64, torch.bfloat16, CPU, ReferenceBackend).ropes
-    rules = (
-        (Rule(pattern=EXPERTS, source="int4"),),
-        (Rule(pattern=EXPERTS, source="fp8"),),
-        (*BEFORE, Rule(pattern="model.layers.*.self_attn.q_proj.weight", source="int4")),
-    )
-    versions = [loader.build(loader.plan(of_it), number).version for number, of_it in enumerate(rules, 1)]
-    first, second, third = (signature_of(backend.ready(emit(loader.spec, one, ropes))) for one in versions)
-    assert len({first, second, third}) == 3
 
 
 def test_what_ran_is_said(loader: ModelLoader, versions: tuple[WeightVersion, WeightVersion]) -> None:

@@ -56,13 +56,18 @@ def scaled(weight: PackedWeight) -> PackedWeight:
     return replace(weight, parts={**weight.parts, name: (part.float() / size).to(part.dtype)})
 
 
-def prepared(experts: ExpertTable, beside: TritonExperts | None = None) -> TritonExperts:
-    read = ExpertTable(
+def read(experts: ExpertTable) -> ExpertTable:
+    """With weights that kernels read."""
+    return ExpertTable(
         [replace(one, gate=ready(one.gate), up=ready(one.up), down=ready(one.down)) for one in experts.experts]
     )
-    launches = launches_of(read, () if beside is None else beside.launches)
+
+
+def prepared(experts: ExpertTable, beside: TritonExperts | None = None) -> TritonExperts:
+    experts = read(experts)
+    launches = launches_of(experts, () if beside is None else beside.launches)
     assert launches is not None
-    return prepare_experts(read, launches)
+    return prepare_experts(experts, launches)
 
 
 def routing(tokens: int, experts: int, k: int, seed: int = 2) -> tuple[torch.Tensor, torch.Tensor]:
