@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -13,6 +14,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from amalgam.kernels.backends.triton.backend import TritonBackend
 from amalgam.kernels.backends.triton.graphs import Outputs
+from amalgam.models.registry import all_families, read_spec
+from tests.models.tiny import BASE_CONFIG, write_checkpoint
 
 CPU = torch.device("cpu")
 
@@ -23,6 +26,18 @@ def loading() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("amalgam.composition.devices.choose_backend", TritonBackend)
         yield
+
+
+def save_random(name: str, folder: Path, dtype: torch.dtype = torch.float32, **changes: object) -> None:
+    """A checkpoint of a tiny model of one layer; transformers, which takes long to import, has no part in it."""
+    family = next(family for family in all_families() if family.name == name)
+    config = {**BASE_CONFIG, "model_type": name, "architectures": [family.architectures[0]], **family.tiny_config}
+    config |= {**changes, "num_hidden_layers": 1}
+    generator, tensors = torch.Generator().manual_seed(6), {}
+    for slot in read_spec(config, name)[1].slots:
+        values = 0.1 * torch.randn(slot.shape, generator=generator)
+        tensors[family.logical_name(slot)] = (values + 1 if slot.role == "norm" else values).to(dtype)
+    write_checkpoint(folder, config, tensors)
 
 
 class NothingAsked(TorchDispatchMode):

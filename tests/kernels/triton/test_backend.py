@@ -15,15 +15,13 @@ from amalgam.formats.grid import QuantizeOptions
 from amalgam.kernels.backends import choose_backend, why_no_triton
 from amalgam.kernels.backends.reference.interpreter import ReferenceBackend
 from amalgam.models.decoder import Decoder
-from amalgam.models.registry import all_families
 from amalgam.models.weights import WeightVersion
 from tests.models.harness import Runner, like
-from tests.models.tiny import save_tiny
 
 pytest.importorskip("triton")
 
 from amalgam.kernels.backends.triton.backend import TritonBackend
-from tests.kernels.triton.backend import loading
+from tests.kernels.triton.backend import loading, save_random
 
 CPU = torch.device("cpu")
 EXPERTS = "model.layers.*.mlp.experts.*"
@@ -42,8 +40,7 @@ AFTER = (
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("tiny")
-    family = next(family for family in all_families() if family.name == "qwen3_moe")
-    save_tiny(family, folder / "base", dtype=torch.bfloat16, num_hidden_layers=1)
+    save_random("qwen3_moe", folder / "base", torch.bfloat16)
     for name in ("int4", "fp8"):
         options = QuantizeOptions(group_size=32) if name == "int4" else QuantizeOptions()
         quantize_checkpoint(str(folder / "base"), folder / name, name, options)
@@ -69,9 +66,9 @@ def versions(loader: ModelLoader) -> tuple[WeightVersion, WeightVersion]:
 
 def logits_of(decoder: Decoder, version: WeightVersion) -> Tensor:
     """A prompt, and the rest of it beside another one."""
-    prompt = torch.randint(3, 250, (9,), generator=torch.Generator().manual_seed(2)).tolist()
+    prompt = torch.randint(3, 250, (5,), generator=torch.Generator().manual_seed(2)).tolist()
     runner = Runner(decoder, version, num_sequences=2)
-    parts = [runner.step({0: prompt[:6]}), runner.step({0: prompt[6:], 1: prompt[:5]})]
+    parts = [runner.step({0: prompt[:3]}), runner.step({0: prompt[3:], 1: prompt[:2]})]
     return torch.cat([logits for step in parts for logits in step.values()])
 
 
