@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from amalgam.base.threads import StoppableThread
 from amalgam.kernels.backends import choose_backend
 from amalgam.kernels.backends.base import Backend
 from amalgam.kernels.backends.cpu import extension
@@ -133,6 +134,21 @@ def test_a_thread_ends_with_whoever_it_works_for() -> None:
     wait_until(lambda: "amalgam-test-worker" not in {thread.name for thread in threading.enumerate()})
 
 
+def test_steps_go_on_behind_a_thread_that_was_stopped() -> None:
+    """As when the process ends, which stops the latest thread first."""
+    worker, seen = Worker("amalgam-stopped-worker"), list[str]()
+
+    def note() -> None:
+        seen.append(threading.current_thread().name)
+
+    worker.submit(note).result(60)
+    [thread] = [thread for thread in threading.enumerate() if thread.name == "amalgam-stopped-worker"]
+    assert isinstance(thread, StoppableThread)
+    thread.stop()
+    worker.submit(note).result(60)
+    assert seen == ["amalgam-stopped-worker", threading.current_thread().name]
+
+
 @needs_kernels
 def test_outputs_of_experts_elsewhere_are_left_alone() -> None:
     backend = CpuBackend(torch.float32)
@@ -150,6 +166,16 @@ def test_outputs_of_experts_elsewhere_are_left_alone() -> None:
             backend.expert_outputs(random(3, HIDDEN), ids, table, SWIGLU, bad)
     with raises(ValueError, "gate_weights"):
         backend.weighted_sum(out, torch.ones(3, 1), torch.float32)
+
+
+@pytest.mark.parametrize("index", [None, 0, 99])
+def test_who_plans_for_a_card_that_is_not_here_is_given_a_backend(
+    monkeypatch: pytest.MonkeyPatch, index: int | None
+) -> None:
+    monkeypatch.setattr(torch.version, "cuda", "13.0")  # as PyTorch is installed on most machines, with a card or not
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    device = torch.device("cuda", index)
+    assert choose_backend(torch.bfloat16, device).device == device
 
 
 @pytest.mark.gpu

@@ -41,6 +41,8 @@ def why_no_triton(device: torch.device) -> str | None:
         return f"they are for GPUs, and the model runs on {device}"
     if importlib.util.find_spec("triton") is None:
         return 'triton is not installed: pip install "amalgam-llm[gpu]"'
+    if (device.index or 0) >= torch.cuda.device_count():  # it is planned for
+        return f"{device} is not in this machine"
     if torch.version.cuda is None or torch.cuda.get_device_capability(device) < (8, 0):
         return "they are for CUDA devices of compute capability 8.0 (A100) and above"
     return None
