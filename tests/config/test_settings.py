@@ -110,6 +110,11 @@ def test_every_setting_has_a_description_and_an_environment_name() -> None:
         (MINIMAL + "inference: {load_in_8bit: true, load_in_4bit: true}", ["load_in_8bit", "load_in_4bit"]),
         (MINIMAL + "server: {drain_seconds: .nan}", ["server.drain_seconds", "'.nan'"]),
         ("model: {base_path: /m, mixed_precision: {weight_mapping: {a: int4}}}", ["weight_mapping['a']", "'int4'"]),
+        (
+            "model: {base_path: /m, mixed_precision: {weight_mapping: {a: [int4]}}}",
+            ["weight_mapping.a", "a source's name, or {source, device}"],
+        ),
+        ("model: {base_path: /m, mixed_precision: {weight_mapping: {a: }}}", ["weight_mapping.a", "a source's name"]),
         ("model: {base_path: /m, mixed_precision: {base_path: /x}}", ["'base'", "model.base_path"]),
         ("model: {base_path: /m, mixed_precision: {a_path: /x, sources: {a: /y}}}", ["'a'", "a_path", "sources"]),
         ("model: {base_path: /m, mixed_precision: {derived: {fp8: {format: fp8}}}}", ["derived['fp8']", "'fp8'"]),

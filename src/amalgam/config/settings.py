@@ -82,11 +82,16 @@ class Rule(Placement):
         return {key: value for key, value in found.items() if value is not None}
 
 
-def _source_alone(value: Any) -> Any:
-    return {"source": value} if isinstance(value, str) else value
+def source_alone(value: Any) -> Any:
+    """A placement as a mapping of its fields; a text is a source's name."""
+    if isinstance(value, str):
+        return {"source": value}
+    if not isinstance(value, Mapping | Placement):
+        raise ValueError("it is no placement. Expected a source's name, or {source, device}")
+    return value
 
 
-PlacementValue = Annotated[Placement, BeforeValidator(_source_alone)]
+PlacementValue = Annotated[Placement, BeforeValidator(source_alone)]
 """A source's name, or a `Placement`."""
 PlacementLike = str | Placement | Mapping[str, Any]
 """The same, as callers give it."""

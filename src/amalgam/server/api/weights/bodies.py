@@ -11,7 +11,7 @@ from typing import Annotated, Any, Self
 from pydantic import BeforeValidator, Field, model_validator
 
 from amalgam.config.devices import DeviceName
-from amalgam.config.settings import Placement, PlacementLike, Rule, SourceName
+from amalgam.config.settings import Placement, PlacementLike, Rule, SourceName, source_alone
 from amalgam.runtime.changes import ChangeRequest
 from amalgam.server.api.common import AskedWeights
 from amalgam.server.api.weights.answers import LogicalName
@@ -48,7 +48,7 @@ class RuleBody(PlacementBody):
 
 
 def _source_alone(value: Any) -> Any:
-    return {"source": value} if isinstance(value, str) else value
+    return None if value is None else source_alone(value)
 
 
 PlacementValue = Annotated[
