@@ -30,7 +30,7 @@ PROMPTS = ("The old man looked at the sea. ", "Once upon a time", "def add(a, b)
 
 
 def opened(derived: Path, folder: Path, **overrides: Any) -> Deployment:
-    settings = {"inference.max_seq_length": 256, "engine.rollback_answers": 0, "inference.devices": {"cpu:1": "8MB"}}
+    settings = {"inference.max_seq_length": 256, "engine.rollback_answers": 0, "inference.devices": {"cpu:1": "12MB"}}
     return open_deployment(load_settings(write_demo_config(folder, derived), {**settings, **overrides}, {}))
 
 
@@ -118,7 +118,7 @@ def test_a_placement_is_looked_at_before_it_is_made(deployment: Deployment) -> N
     plan = deployment.plan_change(ChangeRequest({one: AWAY}))
     there = plan.devices["cpu:1"]
     assert list(plan.devices) == ["cpu", "cpu:1"] and (plan.devices["cpu"].new_bytes, there.used_bytes) == (0, 0)
-    assert (there.limit_bytes, there.available_bytes, there.bytes) == (8_000_000, 8_000_000, there.new_bytes)
+    assert (there.limit_bytes, there.available_bytes, there.bytes) == (12_000_000, 12_000_000, there.new_bytes)
     assert plan.has_room and plan.load.num_weights == 3
     before = deployment.device_figures()["cpu:1"]
     place(deployment, {one: AWAY})
@@ -131,7 +131,7 @@ def test_a_placement_is_looked_at_before_it_is_made(deployment: Deployment) -> N
     too_many = ChangeRequest({EXPERTS: {"source": "base", "device": "cpu:1"}})
     assert not deployment.plan_change(too_many).has_room
     version = deployment.version
-    with raises(OutOfMemoryError, "cpu:1", 8_000_000):
+    with raises(OutOfMemoryError, "cpu:1", 12_000_000):
         deployment.change(too_many)
     with raises(PlanError, "model.norm.weight", "cpu:1"):
         place(deployment, {"model.norm.weight": AWAY})
@@ -166,7 +166,7 @@ def test_undo_and_a_saved_mapping_keep_devices(deployment: Deployment, tmp_path:
     (tmp_path / "saved.yaml").write_text(json.dumps(section))
     saved = load_settings(tmp_path / "saved.yaml", {}, {})
     assert saved.model.mixed_precision.all_rules == deployment.rules
-    assert saved.inference.devices == {"cpu:1": "8MB"}
+    assert saved.inference.devices == {"cpu:1": "12MB"}
     place(deployment, {HOT: "fp8"})  # which moves nothing
     assert deployment.rules[-1].model_dump() == {"pattern": HOT, "source": "fp8", "device": "cpu:1"}
     assert deployment.undo_weight_mapping(deployment.version_id).num_loaded > 0
