@@ -109,6 +109,8 @@ def test_a_budget_of_speed_is_kept_by_the_cost_model_and_timed(
     ("arguments", "code", "named"),
     [
         (["--budget", "2bpw"], 4, "smallest"),
+        (["--budget", "cpu:1=15MB,cpu=1KB"], 4, "smallest"),
+        (["--budget", "cpu:1=15MB,cuda:77=9MB"], 4, "cuda:77=24GB@1008GB/s"),
         (["--budget", "much"], 2, "'much'"),
         (["--budget", "4bpw", "--all"], 2, "--all"),
         (["--floor", "*=int4"], 2, "--floor"),

@@ -97,6 +97,22 @@ class Devices:
     groups: Integers
     sequences: int
 
+    def check(self) -> None:
+        """
+        Raises:
+            PlanError: see `places`; the smallest plan takes more than all devices have.
+        """
+        left = sum(place.limit for place in self.places())
+        least = float(self.least_memory.min(axis=1).sum())
+        if least > left:
+            kept = self.fixed_bytes + self.other_bytes
+            budget = ", ".join(f"{device.name}={device.budget_bytes:,} bytes" for device in self.devices)
+            raise PlanError(
+                f"The smallest plan takes {(least + kept) / 1e6:,.1f} MB, with KV cache and workspace, and the budget "
+                f"is {budget}.",
+                remedy="Raise a budget, or declare a source in a narrower precision.",
+            )
+
     def places(self) -> list[Place]:
         """
         Raises:

@@ -127,7 +127,7 @@ def write_config(
     }
     if devices is not None:
         placed = {"device_map": next(iter(devices)), "devices": {name: f"{size}B" for name, size in devices.items()}}
-        data["inference"] = {**data.get("inference", {}), **placed}
+        data["inference"] = {**(data.get("inference") or {}), **placed}
     build_settings(data)
     text = "".join(f"# {line}\n" for line in comments)
     text += yaml.safe_dump(data, sort_keys=False, allow_unicode=True, width=10_000)

@@ -187,12 +187,14 @@ class Studio:
         """What can be refused before anything is measured.
 
         Raises:
-            PlanError: the smallest plan is above the budget.
+            PlanError: the smallest plan is above the budget; how fast a device is read is not known.
             ConfigError: the texts are too short for confidence; there is no such set of statistics.
         """
         if self.options.use is not None:
             _ = self.use
-        if budget.kind != "speed" and not budget.devices:
+        if budget.devices:
+            self.devices(budget, Use("nowhere", 0, {}, {})).check()  # what lies where is not asked yet
+        elif budget.kind != "speed":
             costs_within(budget, self.problem, self.other_bytes)
         for sample in (self.held_out, self.calibration) if self.options.checks else (self.held_out,):
             check_units(sample)
@@ -233,8 +235,8 @@ class Studio:
         planned = self.loader.plan(())
         return open_contestant("base", self.loader, planned, dtype, self.options.texts.window, self._progress)
 
-    def devices(self, budget: Budget) -> Devices:
-        """The devices of a budget, with what each weight takes there."""
+    def devices(self, budget: Budget, use: Use) -> Devices:
+        """The devices of a budget, with what each weight takes there, and how often a step reads it."""
         loader, problem = self.loader, self.problem
         held = {each.name: self._held_on(each.name.partition(":")[0]) for each in budget.devices}
         chosen = {item.name for item in problem.items}
@@ -247,7 +249,7 @@ class Studio:
             held,
             [device_of(each) for each in budget.devices],
             budget.primary,
-            self.use,
+            use,
             fixed_reads=reads,
             other_bytes=self.other_bytes,
             sequences=self.options.sequences,
@@ -285,7 +287,7 @@ class Studio:
             self.other_bytes,
             self.options.checks,
             self._progress,
-            self.devices(wanted) if wanted is not None and wanted.devices else None,
+            self.devices(wanted, self.use) if wanted is not None and wanted.devices else None,
             self.options.slack,
         )
 
