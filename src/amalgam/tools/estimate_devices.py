@@ -13,7 +13,7 @@ import torch
 from amalgam.composition.loader import ModelLoader
 from amalgam.composition.planned import PlannedWeight
 from amalgam.config.devices import device_name, size_in_bytes
-from amalgam.config.settings import BASE_SOURCE, Rule, Settings
+from amalgam.config.settings import Settings
 from amalgam.engine.memory import available_bytes
 from amalgam.models.spec import ModelSpec
 from amalgam.planning.cards import Card, card_named
@@ -69,7 +69,7 @@ def devices_of(
     own = settings.inference.device_map if settings.inference.device_map.startswith("cpu:") else str(loader.device)
     primary = device_name(own)
     by_device: dict[str, list[PlannedWeight]] = {primary: []}
-    where = _placed(loader, settings)
+    where = _placed(loader)
     for weight in planned:
         device = where.get(weight.choice.name, primary) if weight.slot.role == "expert" else primary
         by_device.setdefault(device, []).append(weight)
@@ -81,14 +81,9 @@ def devices_of(
     )
 
 
-def _placed(loader: ModelLoader, settings: Settings) -> dict[str, str]:
-    """Name → device, of the weights that some rule places: the strongest that says one."""
-    rules = [rule for rule in settings.model.mixed_precision.all_rules if rule.device is not None]
-    if not rules:
-        return {}
-    choices = loader.choose([Rule(pattern=r.pattern, source=BASE_SOURCE, device=r.device) for r in rules])
-    found = {name: choices[name].rule for name in loader.names}
-    return {name: rule.device for name, rule in found.items() if rule is not None and rule.device is not None}
+def _placed(loader: ModelLoader) -> dict[str, str]:
+    """Name → device, of the weights that some rule places."""
+    return {name: choice.device for name, choice in loader.choose().items() if choice.device is not None}
 
 
 def _estimate(

@@ -406,7 +406,7 @@ def _reasons(best: Fit, fits: Sequence[Fit], hardware: Hardware, wanted: Wanted)
     if best.at_most is not None:
         yield (
             f"At most {best.at_most:,.0f} tok/s of one sequence are expected: the bytes of a step over the bandwidth "
-            "that is published for the card. Not measured on a card."
+            "that is given or published for the card. Not measured on a card."
         )
     for fit in fits:
         if fit.candidate.bits_per_weight <= best.candidate.bits_per_weight + _SAME_BITS:
