@@ -130,23 +130,6 @@ def test_one_launch_for_each_kind_and_projection() -> None:
     assert [launch.is_first for launch in table.launches] == [True] * 3 + [False] * 3
 
 
-def test_a_remap_changes_the_table_alone() -> None:
-    """A captured graph reads the table that it was captured with; the other version's is copied there."""
-    before, after = experts_of(["bf16", "int4", "fp8", "int4"]), experts_of(["int4", "bf16", "int4", "int4"])
-    first = prepared(before)
-    second = prepared(after, beside=first)
-    assert second.launches == first.launches  # fp8's among them, which has nothing to do
-    ids, weights = routing(3, 4, 2)
-    x = random(3, HIDDEN).bfloat16()
-    own = TritonOperators.moe(x, ids, weights, second)
-    captured = first.table.clone()
-    graph = replace(first, table=captured)
-    assert error(TritonOperators.moe(x, ids, weights, graph).double(), x, ids, weights, before, SWIGLU) < 0.02
-    captured.copy_(second.table)
-    assert torch.equal(TritonOperators.moe(x, ids, weights, graph), own)
-    assert error(own.double(), x, ids, weights, after, SWIGLU) < 0.02
-
-
 def test_tiles_for_any_routing() -> None:
     """Grids have room for the worst routing: one row more than fills tiles with as many experts as there can be."""
     for tokens, k, experts in itertools.product((1, 3, 16, 64, 200), (1, 2, 8), (8, 60, 128)):

@@ -171,6 +171,14 @@ def test_routing(one: Route) -> None:
     torch.testing.assert_close(weights, expected_weights, rtol=1e-5, atol=1e-7)
 
 
+def test_plain_routing_with_its_product() -> None:
+    x, weight = torch.randn(2, 16).bfloat16(), dense(torch.randn(24, 16))
+    ids, weights = StepOperators.route(x, weight, 3, normalises=True, sum_eps=1e-3)
+    expected_ids, expected_weights = Operators.route(x, weight, 3, normalises=True, sum_eps=1e-3)
+    assert torch.equal(ids, expected_ids)
+    torch.testing.assert_close(weights, expected_weights, rtol=1e-5, atol=1e-7)
+
+
 def test_of_equal_scores_the_smaller_id_is_chosen_and_nan_is_largest() -> None:
     scores = torch.zeros(3, 20)
     scores[1, [4, 9]] = 1.0

@@ -59,8 +59,8 @@ IS_EXACT = {
     + [(name, torch.float32) for name in ("bf16", "fp8 block", "int4 32 zero")],
 )
 def test_product(name: str, dtype: torch.dtype) -> None:
-    weight = WEIGHTS[name]((24, 256))
-    x = random(3, 256).to(dtype)
+    weight = WEIGHTS[name]((24, 384))
+    x = random(3, 384).to(dtype)
     out = TritonOperators.linear(x, ready(weight), out_dtype=torch.float32)
     expected, magnitude = exact(x, weight)
     bound = SUMS + (0 if name in IS_EXACT else HALF_STEP[dtype])
@@ -140,7 +140,7 @@ def test_rows_of_another_width() -> None:
 
 @pytest.mark.parametrize("name", WEIGHTS)
 def test_embedding(name: str) -> None:
-    ids, weight = torch.tensor([6, 0, 6]), WEIGHTS[name]((7, 256))
+    ids, weight = torch.tensor([6, 0, 6]), WEIGHTS[name]((7, 384))
     expected = reference.embedding(ids, weight, torch.bfloat16)
     assert torch.equal(TritonOperators.embedding(ids, ready(weight), torch.bfloat16), expected)
 
