@@ -290,6 +290,9 @@ class TestLogprobs:
         assert [logprobs.chosen for logprobs in tokens.logprobs] == pytest.approx(expected)
 
 
+CARD = torch.device("cuda", 0)
+
+
 def test_rows_on_a_card_are_drawn_there(monkeypatch):
     seen = []
 
@@ -298,12 +301,20 @@ def test_rows_on_a_card_are_drawn_there(monkeypatch):
         return [7, 3]
 
     card = SimpleNamespace(supports=lambda logits: True, draw=draw)
-    monkeypatch.setattr(sampler, "sampling_on_card", lambda: card)
+    monkeypatch.setattr(sampler, "sampling_on_card", {CARD: card}.get)
     requests = [make_request(0, seed=5, generated=[1, 2], top_k=4), make_request(1, do_sample=False)]
     places = [(requests[0], (6,)), (requests[1], ())]
-    assert sampler.choose_tokens(SimpleNamespace(is_cpu=False, is_cuda=True), places) == [7, 3]
+    assert sampler.choose_tokens(SimpleNamespace(is_cpu=False, device=CARD), places) == [7, 3]
     assert seen[0] == (4, 1.0, 1.0, 0.0, uniform(5, 3))
     assert seen[1][1] == 0.0
+
+
+@pytest.mark.parametrize("reason", [None, "the card is too old"])
+def test_a_card_draws_where_it_runs_the_model(monkeypatch, reason):
+    pytest.importorskip("triton")
+    monkeypatch.setattr(sampler, "why_no_triton", lambda device: reason)
+    found = sampler.sampling_on_card.__wrapped__(CARD)
+    assert (found is None) == (reason is not None)
 
 
 @pytest.mark.skipif(not extension.is_available(), reason="needs the native kernels")

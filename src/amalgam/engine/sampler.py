@@ -11,7 +11,6 @@ the whole vocabulary is done for all rows at once, with operations that give eac
 from __future__ import annotations
 
 import functools
-import importlib.util
 from collections.abc import Sequence
 from typing import Protocol
 
@@ -24,6 +23,7 @@ from amalgam.engine.logits import Place, process
 from amalgam.engine.params import SamplingParams
 from amalgam.engine.request import NewTokens, Request, ScheduledRequest, StepResult, TokenLogprobs
 from amalgam.errors import AmalgamError
+from amalgam.kernels.backends import why_no_triton
 from amalgam.kernels.backends.cpu import extension, sampling
 
 
@@ -85,7 +85,7 @@ def choose_tokens(logits: Tensor, places: Sequence[Place]) -> list[int]:
         return sampling.draw(  # all rows in one call
             logits, [(request.params.draw, request.seed, request.num_new_tokens + len(ids)) for request, ids in places]
         )
-    on_card = sampling_on_card() if logits.is_cuda else None
+    on_card = sampling_on_card(logits.device)
     if on_card is None or not on_card.supports(logits):
         return _choose(logits, places)
     numbers = (uniform(request.seed, request.num_new_tokens + len(ids)) for request, ids in places)
@@ -93,9 +93,9 @@ def choose_tokens(logits: Tensor, places: Sequence[Place]) -> list[int]:
 
 
 @functools.cache
-def sampling_on_card() -> SamplingOnCard | None:
-    """The GPU's kernels, where there are any."""
-    if importlib.util.find_spec("triton") is None:
+def sampling_on_card(device: torch.device) -> SamplingOnCard | None:
+    """The GPU's kernels, where a model on this device runs them."""
+    if why_no_triton(device) is not None:
         return None
     from amalgam.kernels.backends.triton import sampling as on_card
 

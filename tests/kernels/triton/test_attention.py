@@ -13,7 +13,7 @@ from tests.kernels.test_attention import Case, in_float32, make, rows_of
 
 pytest.importorskip("triton")
 
-from amalgam.kernels.backends.triton import attention
+from amalgam.kernels.backends.triton import attention, batches
 from amalgam.kernels.backends.triton.launching import IS_INTERPRETED
 
 FLOAT, BF16, HALF = torch.float32, torch.bfloat16, torch.float16
@@ -65,6 +65,24 @@ def test_a_row_has_the_same_bits_in_any_company() -> None:
     for sequence, first, last, start in ((0, 0, 1, 0), (1, 0, 1, 2), (2, 0, 11, 3)):
         alone = rows_of(layer, sequence, first, last).run(attention.paged_attention)
         assert torch.equal(alone, whole[start + first : start + last])
+
+
+def test_many_tokens_of_streams_are_launched_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+    layer = make(Case(((3, 140), (1, 129), (1, 2)), heads=2, kv_heads=1, key_dim=16, value_dim=16))
+    whole = layer.run(attention.paged_attention)
+    monkeypatch.setattr(batches, "MOST_TILES", 2)
+    again = replace(layer, batch=replace(layer.batch))
+    assert [part.shape for part in batches.tiles_of(again.batch).single] == [(4, 2), (4, 2), (4, 1)]
+    assert torch.equal(again.run(attention.paged_attention), whole)
+
+
+@pytest.mark.parametrize("codes", [INT8, FP8])
+def test_small_values_and_float16(codes: torch.dtype) -> None:
+    """The product of a probability and a value's scale may lie below float16's range, where the result does not."""
+    layer = make(Case(((1, 150), (9, 40)), query_type=HALF, codes=codes))
+    layer = replace(layer, values=layer.values * 2.0**-6)
+    result, expected = layer.run(attention.paged_attention).float(), in_float32(layer)
+    torch.testing.assert_close(result, expected, rtol=2**-9, atol=2**-10 * float(expected.abs().max()))
 
 
 @pytest.mark.gpu

@@ -14,13 +14,16 @@ from amalgam.config.settings import InferenceSettings, MixedPrecisionSettings, M
 from amalgam.formats.grid import QuantizeOptions
 from amalgam.kernels.backends import choose_backend, why_no_triton
 from amalgam.kernels.backends.reference.interpreter import ReferenceBackend
-from amalgam.models.decoder import Decoder
+from amalgam.kernels.program import Attend, Route
+from amalgam.models.decoder import Decoder, emit
 from amalgam.models.weights import WeightVersion
 from tests.models.harness import Runner, like
 
 pytest.importorskip("triton")
 
+from amalgam.kernels.backends.triton import routing
 from amalgam.kernels.backends.triton.backend import TritonBackend
+from amalgam.kernels.backends.triton.operators import who_runs, why_not_recorded
 from tests.kernels.triton.backend import loading, save_random
 
 CPU = torch.device("cpu")
@@ -93,6 +96,37 @@ def test_what_ran_is_said(loader: ModelLoader, versions: tuple[WeightVersion, We
     assert {said[name] for name in ("embed", "normalize", "project", "attend", "route", "mix", "head")} == {
         "triton (cpu)"
     }
+
+
+def test_experts_are_chosen_by_the_kernel(
+    loader: ModelLoader, versions: tuple[WeightVersion, WeightVersion], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    decoder, chosen = Decoder(loader.spec, 64, torch.bfloat16, CPU, TritonBackend), []
+    original = routing.choose_experts
+
+    def choose_experts(scores: Tensor, one: Route) -> tuple[Tensor, Tensor]:
+        chosen.append(scores.shape)
+        return original(scores, one)
+
+    monkeypatch.setattr(routing, "choose_experts", choose_experts)
+    step(decoder, versions[0], KVCache.allocate(loader.spec, 4, 4, torch.bfloat16, CPU))
+    program = emit(loader.spec, versions[0], decoder.ropes)
+    assert chosen == [(2, one.weight.shape[0]) for one in program.instructions if isinstance(one, Route)]
+
+
+def test_heads_that_attention_does_not_take_are_not_recorded(
+    loader: ModelLoader, versions: tuple[WeightVersion, WeightVersion]
+) -> None:
+    backend = TritonBackend(torch.bfloat16, CPU, Repeater())
+    decoder = Decoder(loader.spec, 64, torch.bfloat16, CPU, lambda dtype, device: backend)
+    program = backend.ready(emit(loader.spec, versions[0], decoder.ropes))
+    assert why_not_recorded(program, torch.bfloat16) is None
+    wide = [
+        replace(one, value=replace(one.value, width=one.num_kv_heads * 513)) if isinstance(one, Attend) else one
+        for one in program.instructions
+    ]
+    assert why_not_recorded(Program(tuple(wide)), torch.bfloat16) is not None
+    assert {who_runs(one, torch.bfloat16, CPU) for one in wide if isinstance(one, Attend)} == {"torch (cpu)"}
 
 
 def test_who_is_chosen() -> None:

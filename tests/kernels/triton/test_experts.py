@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
 import pytest
@@ -149,18 +149,30 @@ def test_all_tokens_choose_one_expert() -> None:
     assert error(out.double(), x, ids, weights, experts, SWIGLU) < 0.02
 
 
+@pytest.fixture
+def nan_in_new_memory() -> Iterator[None]:
+    """`torch.empty` gives NaN, and the largest integers."""
+    assert torch.utils.deterministic.fill_uninitialized_memory
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    assert torch.empty(1).isnan().all()
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.mark.usefixtures("nan_in_new_memory")
 def test_outputs_of_some_experts_and_their_sum() -> None:
     """What devices that have some of the experts each do, and the one that adds: the bits of all in one place."""
     experts = experts_of(["bf16", "int4", "fp8"])
     ids, weights = routing(4, 3, 2)
     x = random(4, HIDDEN).bfloat16()
-    out = torch.full((4, 2, HIDDEN), 7.0)
+    out = torch.full((4, 2, HIDDEN), torch.nan)
     for own in ((0, 2), (1,)):
         places = torch.tensor([own.index(one) if one in own else -1 for one in range(3)])[ids]
         before = out.clone()
         table = prepared(ExpertTable([experts[one] for one in own]))
         TritonOperators.expert_outputs(x, places, table, SWIGLU, out)
-        assert torch.equal(out[places < 0], before[places < 0])
+        torch.testing.assert_close(out[places < 0], before[places < 0], rtol=0, atol=0, equal_nan=True)
+        assert out[places >= 0].isfinite().all()
     added = TritonOperators.weighted_sum(out, weights, torch.bfloat16)
     assert torch.equal(added, TritonOperators.moe(x, ids, weights, prepared(experts)))
     assert torch.equal(added, reference.weighted_sum(out, weights, torch.bfloat16))

@@ -190,6 +190,43 @@ def test_what_cannot_be_recorded_runs_as_before(caplog: pytest.LogCaptureFixture
     assert CapturedProgram(plain, None, reason="a reason").describe()["steps"] == "not recorded: a reason"
 
 
+def test_steps_smaller_than_one_that_failed_are_recorded() -> None:
+    class Small(Repeater):
+        """Has memory for two rows."""
+
+        def record(self, work: Callable[[], Outputs], device: torch.device) -> Again:
+            recording = super().record(work, device)
+            if len(recording.outputs.logits) > 2:
+                raise RuntimeError("no memory")
+            return recording
+
+    plain, kv = Summing(torch.tensor([2.0])), new_cache()
+    recordings = Recordings(plain, Small(), max_positions=16, sizes=(1, 2, 4, 8))
+    program = CapturedProgram(plain, recordings)
+    for count in (1, 5, 4, 8, 3, 2):
+        step = step_of(kv, *(StepSequence([3], 0, [index], 1) for index in range(count)))
+        assert program.run(step).tolist() == [[6.0, index] for index in range(count)]
+    assert recordings.num_recorded == 4  # of 1 and 2 rows; of 8 and 4 in vain, once each
+    assert program.describe()["steps"] == "CUDA graphs of 1 to 2 rows; larger ones not: no memory"
+
+
+def test_what_has_been_recorded_stays_when_another_size_fails() -> None:
+    class Once(Repeater):
+        def record(self, work: Callable[[], Outputs], device: torch.device) -> Again:
+            if self.recordings:
+                raise RuntimeError("no memory")
+            return super().record(work, device)
+
+    plain, kv, repeater = Summing(torch.tensor([2.0])), new_cache(), Once()
+    program = CapturedProgram(plain, recordings := Recordings(plain, repeater, max_positions=16, sizes=(1, 2, 4)))
+    for count, is_replayed in ((4, True), (2, False), (3, True), (1, False)):
+        step = step_of(kv, *(StepSequence([3], 0, [index], 1) for index in range(count)))
+        assert recordings.takes(step) or not is_replayed
+        program.run(step)
+        assert (plain.seen[-1] == [4]) == is_replayed
+    assert recordings.num_recorded == 3
+
+
 def test_work_that_asks_the_host_is_refused() -> None:
     with pytest.raises(AssertionError):
         Repeater().record(lambda: Outputs(torch.zeros(1), torch.ones(1).sum().item(), ()), CPU)  # type: ignore[arg-type]
@@ -207,3 +244,20 @@ def test_cuda_graphs() -> None:
     recording.replay()
     assert recording.outputs.logits.tolist() == [10.0] * 3
     assert recording.outputs.hidden.tolist() == [6.0] * 3
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_a_capture_that_fails_leaves_the_thread_where_it_was() -> None:
+    from amalgam.kernels.backends.triton.graphs import CudaRecorder
+
+    device = torch.device("cuda")
+    x, before, recorder = torch.ones(3, device=device), torch.cuda.current_stream(), CudaRecorder()
+    with pytest.raises(RuntimeError):
+        recorder.record(lambda: Outputs(x * x.sum().item(), x, ()), device)
+    assert torch.cuda.current_stream() == before
+    recording = recorder.record(lambda: Outputs(x * 2, x + 1, ()), device)
+    del recording
+    recording = recorder.record(lambda: Outputs(x * 3, x, ()), device)
+    recording.replay()
+    assert recording.outputs.logits.tolist() == [3.0] * 3

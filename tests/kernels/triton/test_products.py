@@ -115,8 +115,8 @@ def test_several_weights_with_biases() -> None:
         assert torch.allclose(out.double(), expected, rtol=0.02, atol=0.02 * float(expected.abs().max()))
 
 
-def test_same_bits_for_any_number_of_rows() -> None:
-    """Values whose sums are exact: ranges of inputs that are summed apart and in one program cover the same inputs."""
+def test_ranges_of_inputs_cover_all_inputs_once() -> None:
+    """Summed apart and in one program. With values whose sums are exact: their order on a card is not seen here."""
     weight = int4((40, 1024), 128, scale_type=torch.float16)
     weight.parts["scale"].fill_(0.5)
     read = ready(weight)
@@ -127,6 +127,15 @@ def test_same_bits_for_any_number_of_rows() -> None:
     assert torch.equal(many, expected)
     for rows in (1, 8, 17):
         assert torch.equal(TritonOperators.linear(x[:rows], read, out_dtype=torch.float32), expected[:rows])
+
+
+def test_a_bias_in_the_place_of_another() -> None:
+    """Its address does not stand for a bias that is gone."""
+    weight, x = ready(dense((64, 64), torch.bfloat16)), torch.zeros(1, 64, dtype=torch.bfloat16)
+    for value in (1.0, 5.0, 3.0, 4.0):
+        bias = torch.full((64,), value, dtype=torch.bfloat16)
+        assert (TritonOperators.linear(x, weight, bias) == value).all()
+        del bias
 
 
 def test_no_rows() -> None:

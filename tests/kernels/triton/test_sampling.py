@@ -55,6 +55,7 @@ def test_extremes() -> None:
     logits = torch.randn(3, 70)
     logits[1] *= 1e30
     logits[2] = 7.25
+    logits[0, [5, 60]] = 9.0  # of equal ones u chooses, where the first would be taken without a temperature
     rows = [(0, 1e-300, 1.0, 0.0, 0.9), (0, 1.0, 0.9, 0.1, 0.9), (0, 1.0, 1e-300, 0.0, 0.2)]
     assert sampling.draw(logits, rows) == [expected(row, *some) for row, some in zip(logits, rows, strict=True)]
 

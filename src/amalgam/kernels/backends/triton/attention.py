@@ -50,9 +50,13 @@ def supports(query: Tensor, cache: LayerCache, batch: AttentionBatch) -> bool:
         and cache.keys.dtype is cache.values.dtype
         and cache.keys.dtype in (*FLOAT_TYPES, *CODE_TYPES)
         and cache.keys.stride(-1) == cache.values.stride(-1) == 1
-        and 0 < cache.values.shape[2] <= _WIDEST_VALUE
-        and query.shape[2] <= 2 * _WIDEST_VALUE
+        and takes(query.shape[2], cache.values.shape[2])
     )
+
+
+def takes(dim: int, value_dim: int) -> bool:
+    """Whether `paged_attention` takes heads of queries and keys, and of values, of these widths."""
+    return 0 < value_dim <= _WIDEST_VALUE and dim <= 2 * _WIDEST_VALUE
 
 
 @dataclass(frozen=True)
@@ -125,11 +129,9 @@ def paged_attention(
     kind = multiplied_type(query.dtype, cache.keys.dtype)
     for is_single in (True, False):
         shape = Shape.of(heads, kv_heads, dim, value_dim, kind.itemsize, is_single=is_single)
-        tiles = found.single if is_single else found.prompts(shape.block_q)
-        if tiles is None:
-            continue
-        with on_device_of(query):
-            _launch(query, cache, batch, tiles, out, shape, scale, window, sinks, softcap, chunk)
+        for tiles in found.single if is_single else found.prompts(shape.block_q):
+            with on_device_of(query):
+                _launch(query, cache, batch, tiles, out, shape, scale, window, sinks, softcap, chunk)
     return out
 
 

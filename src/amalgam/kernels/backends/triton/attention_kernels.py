@@ -157,11 +157,20 @@ def attend(
         if CODES > 0:
             total = total * correction + tl.sum(weights, 1)
             unit = tl.load(value_scales + slot * (HEADS // SHARED) + kv_head, exists, 0.0) * code_unit(CODES)
-            factors = rounded(weights * unit[None, :], kind)
+            weights *= unit[None, :]
+            if kind == tl.float16:
+                # Of small values the product would lie below float16's range: each row by its own largest.
+                largest = tl.max(weights, 1)
+                largest = tl.where(largest > 0.0, largest, 1.0)
+                factors = rounded(weights / largest[:, None], kind)
+                part = product(factors, value, tl.zeros_like(result))
+                result = result * correction[:, None] + part * largest[:, None]
+            else:
+                result = product(rounded(weights, kind), value, result * correction[:, None])
         else:
             factors = rounded(weights, kind)
             total = total * correction + tl.sum(factors.to(tl.float32), 1)
-        result = product(factors, value, result * correction[:, None])
+            result = product(factors, value, result * correction[:, None])
         peak = new_peak
 
     if SPLITS > 1:

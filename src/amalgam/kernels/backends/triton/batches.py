@@ -15,6 +15,8 @@ from amalgam.kernels.step import AttentionBatch
 
 # A sequence with more tokens in a step is a prompt. As many as this are a stream's, with tokens guessed ahead.
 MOST_SINGLE = 8
+# Tiles of a launch whose keys are divided: each division leaves a result, for each of its splits and heads.
+MOST_TILES = 128
 
 
 @dataclass(frozen=True, eq=False)
@@ -32,16 +34,17 @@ class Tiles:
     """The tiles of a batch, int64 `[4, tiles]` each: first row, its position, number of rows, row of the block table.
 
     Attributes:
-        single: of one row each; None: there are none.
+        single: of one row each, `MOST_TILES` at most in a tensor.
     """
 
     def __init__(self, batch: AttentionBatch) -> None:
         self._device = batch.block_tables.device
         self._prompts: list[tuple[int, int, int, int]] = []  # first row, its position, the last one's + 1, table row
         self._cut: dict[int, Tensor] = {}
-        self.single: Tensor | None = batch.tiles if isinstance(batch, TokenBatch) else self._divide(batch)
+        single = batch.tiles if isinstance(batch, TokenBatch) else self._divide(batch)
+        self.single = tuple(part.contiguous() for part in single.split(MOST_TILES, dim=1) if part.shape[1])
 
-    def _divide(self, batch: AttentionBatch) -> Tensor | None:
+    def _divide(self, batch: AttentionBatch) -> Tensor:
         """Take down the prompts; the tiles of the other sequences."""
         starts, contexts = batch.query_starts, batch.context_lengths
         counts = starts.diff()
@@ -52,16 +55,14 @@ class Tiles:
             self._prompts.append((int(starts[one]), end - int(counts[one]), end, one))
         lengths = counts[is_single]
         table = index[is_single].repeat_interleave(lengths)
-        if not len(table):
-            return None
         within = torch.arange(len(table)) - (lengths.cumsum(0) - lengths).repeat_interleave(lengths)
         positions = contexts[table] - counts[table] + within
         return torch.stack((starts[table] + within, positions, torch.ones_like(table), table)).to(self._device)
 
-    def prompts(self, length: int) -> Tensor | None:
-        """Tiles of up to so many rows, of the sequences with more than `MOST_SINGLE` rows; None: there are none."""
+    def prompts(self, length: int) -> tuple[Tensor, ...]:
+        """Tiles of up to so many rows, of the sequences with more than `MOST_SINGLE` rows, in one tensor if any."""
         if not self._prompts:
-            return None
+            return ()
         if length not in self._cut:
             parts = []
             for row, first, end, table in self._prompts:
@@ -70,7 +71,7 @@ class Tiles:
                 parts.append(torch.stack((row + begins - first, begins, ends - begins, torch.full_like(begins, table))))
             # The longest first: the last to begin should not be the last to end.
             self._cut[length] = torch.cat(parts, dim=1).flip(1).contiguous().to(self._device)
-        return self._cut[length]
+        return (self._cut[length],)
 
 
 # Made by the first layer of a step that attends.

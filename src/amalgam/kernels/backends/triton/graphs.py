@@ -1,7 +1,8 @@
 """Small steps as CUDA graphs: a program is recorded once for a number of rows, and replayed with other inputs.
 
 In: a program that runs one operator after the other, steps. Out: `CapturedProgram`, which gives the bits that the
-program gives. Must never know: families, requests, what a program's instructions are.
+program gives for a step of as many rows as the recording has. Must never know: families, requests, what a program's
+instructions are.
 
 A step of few tokens is hundreds of short kernels, and a processor that launches them one by one takes longer than the
 card that runs them. A recording reads everything that changes from step to step from buffers of its own, one column for
@@ -25,7 +26,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple, Protocol
+from typing import NamedTuple, Protocol
 from weakref import WeakKeyDictionary
 
 import torch
@@ -74,20 +75,29 @@ class CudaRecorder:
     """See `Recorder`. All recordings share one pool of memory: no two of them run at the same time."""
 
     def __init__(self) -> None:
-        self._pool: Any = None
+        self._first: torch.cuda.CUDAGraph | None = None  # a pool lives as long as a graph that has allocated in it
 
     def record(self, work: Callable[[], Outputs], device: torch.device) -> Recording:
         with torch.cuda.device(device):
-            stream = torch.cuda.Stream()
-            stream.wait_stream(torch.cuda.current_stream())
-            with torch.cuda.stream(stream):
-                work()  # compiles kernels, which a capture must not
-            torch.cuda.current_stream().wait_stream(stream)
-            graph = torch.cuda.CUDAGraph()
-            # Other threads go on allocating and copying: they build weight versions.
-            with torch.cuda.graph(graph, pool=self._pool, stream=stream, capture_error_mode="thread_local"):
-                outputs = work()
-            self._pool = graph.pool()
+            before = torch.cuda.current_stream()
+            try:
+                return self._captured(work)
+            finally:  # a capture that fails at its end leaves the thread on its stream
+                torch.cuda.set_stream(before)
+
+    def _captured(self, work: Callable[[], Outputs]) -> Recording:
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            work()  # compiles kernels, which a capture must not
+        torch.cuda.current_stream().wait_stream(stream)
+        graph = torch.cuda.CUDAGraph()
+        pool = None if self._first is None else self._first.pool()
+        # Other threads go on allocating and copying: they build weight versions.
+        with torch.cuda.graph(graph, pool=pool, stream=stream, capture_error_mode="thread_local"):
+            outputs = work()
+        if self._first is None:
+            self._first = graph
         return _CudaRecording(graph, outputs)
 
 
@@ -219,7 +229,9 @@ class Recordings:
 
     Attributes:
         num_recorded: how often something had to be recorded.
-        failure: why nothing is recorded any more, after an attempt has failed; steps run as they would without.
+        most_rows: of a step that may still be recorded. After an attempt has failed only smaller ones are; larger
+            steps run as they would without, or as they have been recorded before.
+        failure: why the last attempt that failed did.
     """
 
     def __init__(
@@ -234,6 +246,7 @@ class Recordings:
         self.tables = tuple(tables)
         self.sizes = tuple(sizes)
         self.num_recorded = 0
+        self.most_rows = self.sizes[-1]
         self.failure: str | None = None
         self._program = program
         self._recorder = recorder
@@ -243,20 +256,20 @@ class Recordings:
 
     def takes(self, step: StepContext) -> bool:
         """Whether a step can be replayed: few tokens, a few for each sequence, and no recurrent state."""
-        if self.failure is not None:
-            return False
         num_rows = 0
         for sequence in step.sequences:
             count = len(sequence.token_ids)
             if not 0 < count <= MOST_SINGLE or sequence.state is not None:
                 return False
             num_rows += count
-        return 0 < num_rows <= self.sizes[-1]
+        if not 0 < num_rows <= self.sizes[-1]:
+            return False
+        return num_rows <= self.most_rows or self._size_of(num_rows) in self._taken.get(step.kv, {})
 
     def replay(self, step: StepContext, tables: Sequence[Tensor]) -> Outputs | None:
         """Run a step with a version's tables: outputs with as many rows as the recording has; None: it has failed."""
         num_rows = sum(len(sequence.token_ids) for sequence in step.sequences)
-        size = next(size for size in self.sizes if size >= num_rows)
+        size = self._size_of(num_rows)
         of_cache = self._taken.setdefault(step.kv, {})
         self._turn_to(tables)
         if size not in of_cache:
@@ -264,12 +277,16 @@ class Recordings:
                 of_cache[size] = self._record(step.kv, size)
             except RuntimeError as error:  # no memory left, or an operator that asks the host after all
                 self.failure = str(error).splitlines()[0]
-                logger.warning("Steps are not recorded as CUDA graphs: %s", self.failure)
+                self.most_rows = max((smaller for smaller in self.sizes if smaller < size), default=0)
+                logger.warning("Steps of %d rows and more are not recorded as CUDA graphs: %s", size, self.failure)
                 return None
         taken = of_cache[size]
         taken.buffers.fill(step.sequences, step.kv.block_size)
         taken.recording.replay()
         return taken.recording.outputs
+
+    def _size_of(self, num_rows: int) -> int:
+        return next(size for size in self.sizes if size >= num_rows)
 
     def _turn_to(self, tables: Sequence[Tensor]) -> None:
         if tables is self._owner:
@@ -336,12 +353,16 @@ class CapturedProgram:
         return self._program.head(hidden)
 
     def describe(self) -> dict[str, str]:
-        reason = self._reason if self._recordings is None else self._recordings.failure
-        if self._recordings is None or reason is not None:
-            steps = f"not recorded: {reason}"
-        else:
-            steps = f"CUDA graphs of 1 to {self._recordings.sizes[-1]} rows"
-        return {**self._program.describe(), "steps": steps}
+        return {**self._program.describe(), "steps": self._steps()}
+
+    def _steps(self) -> str:
+        """How steps run, for people."""
+        if self._recordings is None:
+            return f"not recorded: {self._reason}"
+        most, failure = self._recordings.most_rows, self._recordings.failure
+        if not most:
+            return f"not recorded: {failure}"
+        return f"CUDA graphs of 1 to {most} rows" + ("" if failure is None else f"; larger ones not: {failure}")
 
 
 def _wanted(logits: Tensor, sequences: Sequence[StepSequence], num_rows: int) -> Tensor:

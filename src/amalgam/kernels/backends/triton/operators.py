@@ -19,7 +19,7 @@ from amalgam.kernels.backends.triton.kinds import TritonWeight
 from amalgam.kernels.backends.triton.launching import FLOAT_TYPES
 from amalgam.kernels.backends.triton.steps import StepOperators
 from amalgam.kernels.packed import SWIGLU, Activation, ExpertTable, PackedWeight
-from amalgam.kernels.program import Embed, Head, Instruction, Mix, Program, Project
+from amalgam.kernels.program import Embed, Head, Instruction, Mix, Program, Project, Route
 
 
 class TritonOperators(StepOperators):
@@ -86,6 +86,8 @@ def has_kernel(instruction: Instruction, dtype: torch.dtype) -> bool:
             weights = [weight]
         case Mix(experts=experts):
             return isinstance(experts, mixtures.TritonExperts) and dtype in FLOAT_TYPES
+        case Route(weight=weight) if steps.has_kernel(instruction, dtype):
+            weights = [weight]
         case _:
             return steps.has_kernel(instruction, dtype)
     return all(isinstance(weight, TritonWeight) for weight in weights) and dtype in FLOAT_TYPES
@@ -101,6 +103,6 @@ def why_not_recorded(program: Program, dtype: torch.dtype) -> str | None:
     for one in program.instructions:
         if isinstance(one, Mix) and isinstance(one.experts, OwnMixture):
             return "experts lie on several devices"
-        if isinstance(one, Embed | Head | Mix | Project) and not has_kernel(one, dtype):
+        if isinstance(one, Embed | Head | Mix | Project | Route) and not has_kernel(one, dtype):
             return f"{type(one).__name__} reads weights that no kernel reads"
     return steps.why_not_recorded(program, dtype)

@@ -174,7 +174,7 @@ class Stack:
         table: int64 `[FIELDS, weights]`, on the device.
         ranges: into how many the inputs are parted.
         arrived: int32 zeros, which every launch leaves as it found them; no two run at the same time.
-        kept: what the table points to.
+        kept: what the table points to, and the biases as they were given, whose addresses tell stacks apart.
     """
 
     kind: Kind
@@ -215,6 +215,7 @@ def _stack(kind: Kind, weights: Sequence[PackedWeight], biases: Sequence[Tensor 
     wide = wide_biases(ours, [biases[place] for place in places])
     columns = [pointers_of(weight, bias) for weight, bias in zip(ours, wide, strict=True)]
     kept = [part for weight in ours for part in weight.parts.values()] + [bias for bias in wide if bias is not None]
+    kept += [bias for place in places if (bias := biases[place]) is not None]
     heights = tuple(weight.shape[0] for weight in ours)
     table = torch.tensor(columns, dtype=torch.int64).t().contiguous().to(kept[0].device)
     kind = in_steps(kind, step_of([kind]))

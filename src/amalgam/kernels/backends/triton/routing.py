@@ -29,7 +29,12 @@ _SOFTMAX, _SIGMOID, _CHOSEN, _APART, _MIXER = (tl.constexpr(index) for index in 
 
 def supports(scores: Tensor) -> bool:
     """Whether `choose_experts` takes these scores."""
-    return runs_on(scores) and scores.dtype is torch.float32 and 0 < scores.shape[1] <= _MOST_EXPERTS
+    return runs_on(scores) and scores.dtype is torch.float32 and takes(scores.shape[1])
+
+
+def takes(num_experts: int) -> bool:
+    """Whether `choose_experts` chooses among so many."""
+    return 0 < num_experts <= _MOST_EXPERTS
 
 
 def choose_experts(scores: Tensor, one: Route) -> tuple[Tensor, Tensor]:

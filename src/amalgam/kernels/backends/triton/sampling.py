@@ -84,7 +84,8 @@ def draw_rows(logits, parameters, ids, stride, vocabulary, BLOCK: tl.constexpr):
     which = tl.program_id(0).to(tl.int64)
     row = logits + which * stride
     top_k = tl.load(parameters + which * 5).to(tl.int32)
-    temperature = tl.load(parameters + which * 5 + 1).to(tl.float32)
+    wide = tl.load(parameters + which * 5 + 1)
+    temperature = tl.where(wide > 0.0, tl.maximum(wide, 1e-37), 0.0).to(tl.float32)  # what is not 0 does not become it
     top_p = tl.load(parameters + which * 5 + 2)
     min_p = tl.load(parameters + which * 5 + 3).to(tl.float32)
     u = tl.load(parameters + which * 5 + 4)

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from amalgam.kernels.backends.reference.operators import Operators
 from amalgam.kernels.backends.triton import attention, elementwise, heads, routing
+from amalgam.kernels.backends.triton.batches import TokenBatch
 from amalgam.kernels.backends.triton.launching import FLOAT_TYPES
 from amalgam.kernels.layouts import dense
 from amalgam.kernels.packed import Activation, PackedWeight
@@ -108,6 +109,8 @@ class StepOperators(Operators):
         chunk: int | None = None,
     ) -> Tensor:
         is_taken = attention.supports(query, cache, batch)
+        if not is_taken and isinstance(batch, TokenBatch):  # which says to torch that there are no sequences
+            raise RuntimeError(f"no kernel attends over a cache of {cache.keys.dtype}")
         attend = attention.paged_attention if is_taken else Operators.paged_attention
         return attend(query, cache, batch, scale=scale, window=window, sinks=sinks, softcap=softcap, chunk=chunk)
 
@@ -134,8 +137,17 @@ def has_kernel(instruction: Instruction, dtype: torch.dtype) -> bool:
     Of a `Route` it is the choice; its product is one of weights. A latent attention's products for each head are
     torch's.
     """
-    kinds = Attend | AttendLatent | KeepIndexKey | Normalize | SwiGlu | Gelu | Route
-    return isinstance(instruction, kinds) and dtype in FLOAT_TYPES
+    if dtype not in FLOAT_TYPES:
+        return False
+    match instruction:
+        case Attend(head_dim=dim, value=value, num_kv_heads=num_heads):
+            return attention.takes(dim, value.width // num_heads)
+        case AttendLatent(latent_dim=latent, rope_dim=rotated):
+            return attention.takes(latent + rotated, latent)
+        case Route(weight=weight):
+            return routing.takes(weight.shape[0])
+        case _:
+            return isinstance(instruction, KeepIndexKey | Normalize | SwiGlu | Gelu)
 
 
 def with_expanded_latents(
@@ -172,6 +184,8 @@ def why_not_recorded(program: Program, dtype: torch.dtype) -> str | None:
     for one in program.instructions:
         if isinstance(one, Call | Choose | Convolve | DeltaRule | KeepIndexKey | ScanStates):
             return f"{type(one).__name__} needs the host"
+        if isinstance(one, Attend | AttendLatent) and not has_kernel(one, dtype):
+            return "heads are wider than the kernels of attention take"
         if isinstance(one, AttendLatent) and not one.expand.is_floating:
             return "the matrices of latent attention are not expanded"
     return None
