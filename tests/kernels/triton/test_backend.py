@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -14,7 +15,7 @@ from amalgam.config.settings import InferenceSettings, MixedPrecisionSettings, M
 from amalgam.formats.grid import QuantizeOptions
 from amalgam.kernels.backends import choose_backend, why_no_triton
 from amalgam.kernels.backends.reference.interpreter import ReferenceBackend
-from amalgam.kernels.program import Attend, Route
+from amalgam.kernels.program import Attend, Program, Route
 from amalgam.models.decoder import Decoder, emit
 from amalgam.models.weights import WeightVersion
 from tests.models.harness import Runner, like
@@ -24,7 +25,7 @@ pytest.importorskip("triton")
 from amalgam.kernels.backends.triton import routing
 from amalgam.kernels.backends.triton.backend import TritonBackend
 from amalgam.kernels.backends.triton.operators import who_runs, why_not_recorded
-from tests.kernels.triton.backend import loading, save_random
+from tests.kernels.triton.backend import Repeater, loading, save_random
 
 CPU = torch.device("cpu")
 EXPERTS = "model.layers.*.mlp.experts.*"
@@ -109,7 +110,7 @@ def test_experts_are_chosen_by_the_kernel(
         return original(scores, one)
 
     monkeypatch.setattr(routing, "choose_experts", choose_experts)
-    step(decoder, versions[0], KVCache.allocate(loader.spec, 4, 4, torch.bfloat16, CPU))
+    Runner(decoder, versions[0], num_sequences=1).step({0: [5, 6]})
     program = emit(loader.spec, versions[0], decoder.ropes)
     assert chosen == [(2, one.weight.shape[0]) for one in program.instructions if isinstance(one, Route)]
 
