@@ -75,7 +75,7 @@ class CudaRecorder:
     """See `Recorder`. All recordings share one pool of memory: no two of them run at the same time."""
 
     def __init__(self) -> None:
-        self._first: torch.cuda.CUDAGraph | None = None  # a pool lives as long as a graph that has allocated in it
+        self._pool: torch.cuda.MemPool | None = None  # which stays when the last of its recordings goes
 
     def record(self, work: Callable[[], Outputs], device: torch.device) -> Recording:
         with torch.cuda.device(device):
@@ -92,12 +92,12 @@ class CudaRecorder:
             work()  # compiles kernels, which a capture must not
         torch.cuda.current_stream().wait_stream(stream)
         graph = torch.cuda.CUDAGraph()
-        pool = None if self._first is None else self._first.pool()
+        if self._pool is None:
+            self._pool = torch.cuda.MemPool()
+        pool = torch.cuda._POOL_HANDLE(self._pool.id)
         # Other threads go on allocating and copying: they build weight versions.
         with torch.cuda.graph(graph, pool=pool, stream=stream, capture_error_mode="thread_local"):
             outputs = work()
-        if self._first is None:
-            self._first = graph
         return _CudaRecording(graph, outputs)
 
 
