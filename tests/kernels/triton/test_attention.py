@@ -76,13 +76,12 @@ def test_many_tokens_of_streams_are_launched_in_parts(monkeypatch: pytest.Monkey
     assert torch.equal(again.run(attention.paged_attention), whole)
 
 
-@pytest.mark.parametrize("codes", [INT8, FP8])
-def test_small_values_and_float16(codes: torch.dtype) -> None:
-    """The product of a probability and a value's scale may lie below float16's range, where the result does not."""
-    layer = make(Case(((1, 150), (9, 40)), query_type=HALF, codes=codes))
-    layer = replace(layer, values=layer.values * 2.0**-6)
+def test_small_values_and_float16() -> None:
+    """The product of a probability and a value's scale lies below float16's range, and the result hardly does."""
+    layer = make(Case(((1, 150), (9, 40)), key_dim=16, value_dim=16, query_type=HALF, codes=INT8))
+    layer = replace(layer, values=layer.values * 2.0**-13)
     result, expected = layer.run(attention.paged_attention).float(), in_float32(layer)
-    torch.testing.assert_close(result, expected, rtol=2**-9, atol=2**-10 * float(expected.abs().max()))
+    torch.testing.assert_close(result, expected, rtol=0, atol=2**-10 * float(expected.abs().max()))
 
 
 @pytest.mark.gpu

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import random as random_numbers
+import weakref
 
 import pytest
 import torch
@@ -129,13 +131,18 @@ def test_ranges_of_inputs_cover_all_inputs_once() -> None:
         assert torch.equal(TritonOperators.linear(x[:rows], read, out_dtype=torch.float32), expected[:rows])
 
 
-def test_a_bias_in_the_place_of_another() -> None:
-    """Its address does not stand for a bias that is gone."""
-    weight, x = ready(dense((64, 64), torch.bfloat16)), torch.zeros(1, 64, dtype=torch.bfloat16)
-    for value in (1.0, 5.0, 3.0, 4.0):
-        bias = torch.full((64,), value, dtype=torch.bfloat16)
-        assert (TritonOperators.linear(x, weight, bias) == value).all()
-        del bias
+def test_no_bias_comes_to_lie_where_another_has_been() -> None:
+    """It would be taken for that one: a bias stays as long as the weight that it was multiplied with."""
+    weight, x = ready(dense((8, 64), torch.bfloat16)), torch.zeros(1, 64, dtype=torch.bfloat16)
+    biases = [torch.full((8,), value, dtype=torch.bfloat16) for value in (1.0, 5.0)]
+    for bias in biases:
+        assert torch.equal(TritonOperators.linear(x, weight, bias), bias[None])
+    left = [weakref.ref(bias) for bias in biases]
+    del bias, biases
+    assert all(bias() is not None for bias in left)
+    del weight
+    gc.collect()
+    assert all(bias() is None for bias in left)
 
 
 def test_no_rows() -> None:
