@@ -57,6 +57,10 @@ def pytest_configure() -> None:
     torch.set_num_threads(1)
     for name in ("COLUMNS", "LINES"):
         os.environ.pop(name, None)
+    # Kernels of a GPU run in Triton's interpreter where there is none: asked for when the first of them is imported, and
+    # any test may be the first.
+    if not torch.cuda.is_available():
+        os.environ.setdefault("TRITON_INTERPRET", "1")
     # Certificates of the world, which no test needs: httpx reads them for each client, in 50 ms.
     os.environ["SSL_CERT_DIR"] = str(ROOT / "tests")
     os.environ.pop("SSL_CERT_FILE", None)  # which would go first

@@ -1,4 +1,4 @@
-"""Kernels of a GPU run on the CPU, in Triton's interpreter: chosen before Triton is imported, for a whole process.
+"""Kernels of a GPU run on the CPU, in Triton's interpreter: `tests/conftest.py` chooses it for a whole process.
 
 Where there is a card they do not, unless `TRITON_INTERPRET=1` asks for it: other tests of the process are to see the
 kernels compiled. Then tests of this folder without the mark `gpu` are skipped.
@@ -10,12 +10,9 @@ import importlib.util
 import os
 
 import pytest
-import torch
 
 HAS_TRITON = importlib.util.find_spec("triton") is not None
 
-if not torch.cuda.is_available():
-    os.environ.setdefault("TRITON_INTERPRET", "1")
 IS_INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
 if HAS_TRITON and IS_INTERPRETED:
