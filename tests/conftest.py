@@ -57,8 +57,8 @@ def pytest_configure() -> None:
     torch.set_num_threads(1)
     for name in ("COLUMNS", "LINES"):
         os.environ.pop(name, None)
-    # Kernels of a GPU run in Triton's interpreter where there is none: asked for when the first of them is imported, and
-    # any test may be the first.
+    # Kernels of a GPU run in Triton's interpreter where there is none. Triton looks when it is imported, and any test
+    # may be the first.
     if not torch.cuda.is_available():
         os.environ.setdefault("TRITON_INTERPRET", "1")
     # Certificates of the world, which no test needs: httpx reads them for each client, in 50 ms.
