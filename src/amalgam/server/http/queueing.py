@@ -3,8 +3,8 @@
 In: requests that would take a place, as `KeyGuard` notes. Out: 503 with `Retry-After`. Must never know: what an
 endpoint does, nor what a queue is.
 
-The endpoints ask again when they know what is wanted. Here it costs a third as much: neither the body nor its fields
-have been looked at, and an overload is when that counts.
+The endpoints ask again when they know what is wanted. Here it costs less than half as much: neither the body nor its
+fields have been looked at, and an overload is when that counts.
 """
 
 from __future__ import annotations
