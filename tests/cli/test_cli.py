@@ -43,6 +43,25 @@ def test_help_lists_every_verb(capsys: pytest.CaptureFixture[str]) -> None:
         assert f" {verb} " in out
 
 
+def test_help_shows_whole_sentences(capsys: pytest.CaptureFixture[str]) -> None:
+    _, out, _ = run(capsys, "--help")
+    assert "..." not in out
+
+
+@pytest.mark.parametrize(("typo", "meant"), [("serv", "'serve'"), ("quantise", "'quantize'"), ("deploy", "'deploy ray'")])
+def test_a_misspelt_verb_names_the_one_that_was_meant(
+    typo: str, meant: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    code, _, err = run(capsys, typo)
+    assert code == 2
+    assert meant in err
+
+
+def test_help_names_the_values_that_a_setting_takes(capsys: pytest.CaptureFixture[str]) -> None:
+    _, out, _ = run(capsys, "serve", "--help")
+    assert "none|ngram|self|draft" in out
+
+
 @pytest.mark.parametrize("verb", VERBS)
 def test_every_verb_has_help(verb: str, capsys: pytest.CaptureFixture[str]) -> None:
     code, out, _ = run(capsys, *verb.split(), "--help")

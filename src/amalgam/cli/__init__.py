@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import difflib
 import functools
 import importlib
 import logging
@@ -50,6 +51,7 @@ VERBS = (
 
 INTERRUPTED = 130
 _HELP = {"help_option_names": ["-h", "--help"]}
+_LONGEST_SUMMARY = 200  # characters; no first sentence of a verb is that long
 
 
 class _Verbs(TyperGroup):
@@ -58,10 +60,20 @@ class _Verbs(TyperGroup):
 
     def resolve_command(self, ctx: Any, args: list[str]) -> Any:
         words = " ".join(args[:2])
-        return super().resolve_command(ctx, [words, *args[2:]] if words in VERBS else args)
+        if words in VERBS:
+            return super().resolve_command(ctx, [words, *args[2:]])
+        if args[0] not in VERBS:
+            ctx.fail(f"No such command {args[0]!r}.{_suggestion(args[0])}")
+        return super().resolve_command(ctx, args)
 
     def get_command(self, ctx: Any, cmd_name: str) -> Any:
         return _command_of(cmd_name) if cmd_name in VERBS else None
+
+    def format_commands(self, ctx: Any, formatter: Any) -> None:
+        """Each verb with its whole first sentence, wrapped; the default cuts it to one line."""
+        commands = [(verb, _command_of(verb)) for verb in VERBS]
+        with formatter.section("Commands"):
+            formatter.write_dl([(verb, command.get_short_help_str(_LONGEST_SUMMARY)) for verb, command in commands])
 
 
 @functools.cache
@@ -72,6 +84,12 @@ def _command_of(verb: str) -> Any:
     alone = typer.Typer(add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False)
     alone.command(name=verb, context_settings=_HELP, epilog=getattr(command, "epilog", None))(command)
     return typer.main.get_command(alone)
+
+
+def _suggestion(typo: str) -> str:
+    """The rest of the message about a word that is no verb: the verbs that begin with it, or look like it."""
+    meant = [verb for verb in VERBS if verb.split()[0] == typo] or difflib.get_close_matches(typo, VERBS)
+    return f" Did you mean {' or '.join(map(repr, meant))}?" if meant else ""
 
 
 app = typer.Typer(

@@ -139,7 +139,13 @@ def with_settings(
 def _option(info: SettingInfo, others: Collection[str], is_shown: bool) -> Any:
     names = [*([SHORT[info.key]] if info.key in SHORT else []), f"--{info.key}", *others]
     help_text = f"{info.description} [{info.environment}]"
-    return typer.Option(*names, help=help_text, hidden=not is_shown, metavar=info.kind.split()[0].upper())
+    return typer.Option(*names, help=help_text, hidden=not is_shown, metavar=_metavar(info))
+
+
+def _metavar(info: SettingInfo) -> str:
+    """`float32|bfloat16|float16` for a setting that takes one of several words, else its type: `INTEGER`."""
+    kind = info.kind.removesuffix(" or none")
+    return kind.replace(" | ", "|") if " | " in kind else kind.split()[0].upper()
 
 
 def _source(text: str) -> tuple[str, str]:

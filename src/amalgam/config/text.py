@@ -40,8 +40,11 @@ def read_yaml(path: Path) -> dict[str, Any]:
     Raises:
         ConfigError: the file is missing, too large, not YAML or no mapping, or holds a key twice.
     """
-    if not path.is_file():
+    if not path.exists():
         raise ConfigError(f"Configuration file {str(path)!r} does not exist.", remedy="Give its path with --config.")
+    if not path.is_file():
+        kind = "a folder" if path.is_dir() else "not a regular file"
+        raise ConfigError(f"Configuration file {str(path)!r} is {kind}.", remedy="Give the path of a YAML file.")
     if path.stat().st_size > MAX_CONFIG_BYTES:
         raise ConfigError(f"Configuration file {str(path)!r} has more than {MAX_CONFIG_BYTES} bytes.")
     try:
