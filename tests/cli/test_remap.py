@@ -15,6 +15,7 @@ from tests.server.fakes import fake_settings
 from tests.server.test_changes import HeldDeployment, held
 
 from amalgam.cli import INTERRUPTED, main, trial
+from amalgam.cli.remap_view import NO_CHANGE
 from amalgam.cli.server import Server
 from amalgam.config.reading import load_settings
 from amalgam.runtime.opening import open_deployment
@@ -69,6 +70,14 @@ def tried(url: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.Monk
 def rules_of(remap: Verb) -> dict[str, str]:
     current = remap.json("--versions")["versions"][0]
     return {rule["pattern"]: rule["source"] for rule in current["rules"]}
+
+
+def test_a_rule_that_decides_nothing_is_told(remap: Verb) -> None:
+    """More specific rules hold for every expert of the layer, and the rest of it comes from base already."""
+    rule = "model.layers.0.*=base"
+    assert remap.json(rule, "--dry-run")["num_changed"] == 0
+    code, out, _ = remap(rule, "--dry-run")
+    assert code == 0 and NO_CHANGE in out
 
 
 def test_rules_are_tried_given_removed_and_taken_back(remap: Verb, config: Path) -> None:

@@ -44,6 +44,16 @@ def test_generate(client: httpx.Client) -> None:
     assert answer["timings"].keys() == TIMINGS
 
 
+def test_a_misspelt_field_names_the_one_that_was_meant(client: httpx.Client) -> None:
+    def message(answer: httpx.Response) -> str:
+        assert answer.status_code == 422
+        return str(answer.json()["error"]["message"])
+
+    assert "'max_new_tokens'" in message(client.post("/generate", json={"prompt": "x", "max_tokens": 3}))
+    assert "'top_k'" in message(client.get("/expert_stats?topk=3"))
+    assert "null" in message(client.post("/generate", json={"prompt": None}))
+
+
 def test_generate_has_the_promised_defaults(client: httpx.Client) -> None:
     properties = client.get("/openapi.json").json()["components"]["schemas"]["GenerateBody"]["properties"]
     defaults = {name: field.get("default") for name, field in properties.items()}

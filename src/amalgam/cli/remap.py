@@ -209,7 +209,7 @@ def _show_end(server: Server, status: Mapping[str, Any], as_json: bool) -> None:
         PlanError, CancelledError: the change was not made.
     """
     from amalgam.cli.console import print_json, say
-    from amalgam.cli.remap_view import show_groups, told
+    from amalgam.cli.remap_view import NO_CHANGE, show_groups, told
 
     if as_json:
         print_json(status)
@@ -223,6 +223,8 @@ def _show_end(server: Server, status: Mapping[str, Any], as_json: bool) -> None:
         with contextlib.suppress(AmalgamError):  # the change is made, whatever comes of this question
             show_groups(server.get("weights/difference", query)["changes"])
     say(told(status))
+    if status["kind"] == "mapping" and not status["num_changed"]:
+        say(NO_CHANGE)
 
 
 def _follow(server: Server, path: str) -> dict[str, Any]:
@@ -266,9 +268,13 @@ def cancel_running(server: Server, _: bool, as_json: bool) -> None:
 
 def plan_change(server: Server, body: Mapping[str, Any], as_json: bool) -> None:
     """What a change would be; nothing changes."""
-    from amalgam.cli.remap_view import show_plan
+    from amalgam.cli.console import say
+    from amalgam.cli.remap_view import NO_CHANGE, show_plan
 
-    _show(server.send("POST", "weights/plan", body), as_json, show_plan)
+    plan = server.send("POST", "weights/plan", body)
+    _show(plan, as_json, show_plan)
+    if "weight_mapping" in body and not plan["num_changed"] and not as_json:
+        say(NO_CHANGE)
 
 
 def list_versions(server: Server, _: bool, as_json: bool) -> None:

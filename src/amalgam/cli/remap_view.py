@@ -11,6 +11,11 @@ from typing import Any
 
 from amalgam.cli.console import arrow, human_bytes, named, print_table, say, with_device
 
+NO_CHANGE = (
+    "Each weight that is named comes from there already, or a more specific rule decides for it: "
+    "`amalgam plan --config FILE --explain NAME` says which; --remove takes a rule away."
+)
+
 
 def told(status: Mapping[str, Any]) -> str:
     """What a change that was made did, in a line."""

@@ -85,7 +85,7 @@ class Devices:
         if is_stand_in(name) and name not in self._limits:
             assert choice.device_rule is not None
             raise PlanError(
-                f"Rule {choice.device_rule.pattern!r} names device {name!r}, which nobody declared.",
+                f"Rule {choice.device_rule.pattern!r} names device {name!r}, which is not declared.",
                 remedy=f"Devices: {', '.join(self.names)}. A stand-in for a card is declared in inference.devices.",
             )
         return name

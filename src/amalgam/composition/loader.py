@@ -119,7 +119,7 @@ class ModelLoader:
         for rule in rules:
             if rule.source is not None and rule.source not in self._paths:
                 raise PlanError(
-                    f"Rule {rule.pattern!r} names source {rule.source!r}, which nobody declared.",
+                    f"Rule {rule.pattern!r} names source {rule.source!r}, which is not declared.",
                     remedy=f"Declared: {', '.join(sorted(self._paths))}.",
                 )
         return Choices(self._slots, rules, self._mixed.default_source)

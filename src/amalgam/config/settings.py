@@ -21,6 +21,7 @@ from pydantic import (
 )
 
 from amalgam.base.processors import usable_threads
+from amalgam.base.validation import expectation
 from amalgam.config.cluster import ClusterSettings
 from amalgam.config.devices import DeviceName, MemorySize, device_name
 from amalgam.config.fields import ModelPath, Section, UserPath, split_list
@@ -152,7 +153,7 @@ class MixedPrecisionSettings(Section):
         for where, source in used:
             if source is not None and source not in known:
                 raise ValueError(
-                    f"{where} names source {source!r}, which nobody declared. Declared: "
+                    f"{where} names source {source!r}, which is not declared. Declared: "
                     f"{', '.join(sorted(known))}. Add {source}{PATH_SUFFIX} or correct the name"
                 )
         return self
@@ -467,7 +468,7 @@ class Settings(Section):
                 source = placement.source
                 if source is not None and source not in known:
                     raise ValueError(
-                        f"weights.named[{name!r}][{pattern!r}] names source {source!r}, which nobody declared. "
+                        f"weights.named[{name!r}][{pattern!r}] names source {source!r}, which is not declared. "
                         f"Declared: {', '.join(sorted(known))}"
                     )
         return self
@@ -531,5 +532,5 @@ def _explain(error: ValidationError, origins: Mapping[str, str] | None = None) -
         elif item["type"] == "value_error":
             lines.append(f"  {key}: {item['ctx']['error']}.")
         else:
-            lines.append(f"  {key}: is {describe(item['input'])}. {item['msg']}.")
+            lines.append(f"  {key}: is {describe(item['input'])}. {expectation(item)}")
     return lines

@@ -314,6 +314,6 @@ class Remapper:
         rules = self._log.rules_of(as_id(version) or 0)
         if rules is None:
             raise VersionNotFoundError(
-                f"Nobody knows weight version {version}.", remedy="GET /weights/changes tells of earlier ones."
+                f"There is no weight version {version}.", remedy="GET /weights/changes tells of earlier ones."
             )
         return rules

@@ -140,8 +140,8 @@ class Service:
             return
         deployment = watched(deployment)
         self._deployment = deployment if self.filters is None else filtering(deployment, self.filters)
-        dashboard = f"; dashboard at {self._url}/dashboard" if self._url else ""
-        logger.info("ready after %.1f s: %s%s", self.uptime_seconds, deployment.model_name, dashboard)
+        pages = f"; chat at {self._url}/, endpoints at {self._url}/docs, dashboard at {self._url}/dashboard"
+        logger.info("ready after %.1f s: %s%s", self.uptime_seconds, deployment.model_name, pages if self._url else "")
         if self._is_closed:
             deployment.close()
 

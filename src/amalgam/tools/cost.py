@@ -18,6 +18,7 @@ from pydantic import Field, ValidationError, model_validator
 from amalgam.base.energy import EnergyUse
 from amalgam.base.fields import Fields
 from amalgam.base.strict_json import parse_json
+from amalgam.base.validation import expectation
 from amalgam.config.fields import Section
 from amalgam.config.text import read_yaml
 from amalgam.errors import CheckpointError, ConfigError, RequestError, describe
@@ -91,7 +92,10 @@ def read_prices(path: Path | None) -> PriceTable:
     try:
         return PriceTable.model_validate(read_yaml(PRICES if path is None else path))
     except ValidationError as error:
-        lines = [f"{'.'.join(map(str, item['loc'])) or 'the file'}: {item['msg']}" for item in error.errors()]
+        lines = [
+            f"{'.'.join(map(str, item['loc'])) or 'the file'}: {expectation(item).rstrip('.')}"
+            for item in error.errors()
+        ]
         raise ConfigError(f"The prices of {str(path)!r} are invalid: {'; '.join(lines)}.") from None
 
 

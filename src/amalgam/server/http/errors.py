@@ -6,9 +6,11 @@ In: anything a handler raises. Out: a response whose body can always be serialis
 from __future__ import annotations
 
 import http
-from collections.abc import Mapping
+import json
+from collections.abc import Mapping, Sequence
 from collections.abc import Set as AbstractSet
 from dataclasses import replace
+from difflib import get_close_matches
 from typing import Any
 
 import orjson
@@ -20,6 +22,7 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, RedirectResponse, Response
 from starlette.types import Receive, Scope, Send
 
+from amalgam.base.validation import expectation
 from amalgam.errors import AmalgamError, describe
 from amalgam.server.http.methods import without_slash
 from amalgam.server.http.shapes import Refusal, Shape, native, shape_for
@@ -127,7 +130,8 @@ def register_error_handlers(app: FastAPI, pages: AbstractSet[str]) -> None:
     async def on_validation_error(request: Request, error: Exception) -> OrjsonResponse:
         assert isinstance(error, RequestValidationError)
         items = error.errors()
-        messages = [_explain(item, error.body) for item in items[:MAX_REPORTED_ERRORS]]
+        names = _field_names(request)
+        messages = [_explain(item, error.body, names) for item in items[:MAX_REPORTED_ERRORS]]
         if len(items) > MAX_REPORTED_ERRORS:
             messages.append(f"{len(items) - MAX_REPORTED_ERRORS} more errors.")
         cause = str(items[0]["type"])
@@ -174,18 +178,38 @@ def _parameter(item: Mapping[str, Any], body: Any) -> str:
     return name[:MAX_NAME_CHARS] or "body"
 
 
-def _explain(item: Mapping[str, Any], body: Any) -> str:
+def _field_names(request: Request) -> list[str]:
+    """What the body and the query of the route that was asked may hold, on their top level."""
+    route = request.scope.get("route")
+    body, dependant = getattr(route, "body_field", None), getattr(route, "dependant", None)
+    declared = [*([body] if body is not None else []), *getattr(dependant, "query_params", ())]
+    names: list[str] = []
+    for field in declared:
+        kind = field.field_info.annotation
+        is_model = isinstance(kind, type) and issubclass(kind, BaseModel)
+        names += kind.model_fields if is_model else [field.alias]
+    return names
+
+
+def _explain(item: Mapping[str, Any], body: Any, names: Sequence[str]) -> str:
+    """
+    Args:
+        names: fields that the request may have on its top level, one of which a misspelt one may have meant.
+    """
     param = _parameter(item, body)
     if item["type"] == "missing":
         return f"{param} is required."
     if item["type"] == "extra_forbidden":
-        return (
-            f"{describe(param)} is not a field of this request. Remove it or correct its name; /docs lists the fields."
-        )
-    return f"{param} is {_show(item['input'])}. {item['msg']}."
+        is_comparable = len(item["loc"]) == 2 and len(param) < MAX_NAME_CHARS
+        close = get_close_matches(param, names, n=1) if is_comparable else []
+        remedy = f"Did you mean {close[0]!r}?" if close else "Remove it or correct its name;"
+        return f"{describe(param)} is not a field of this request. {remedy} /docs lists the fields."
+    return f"{param} is {_show(item['input'])}. {expectation(item)}"
 
 
 def _show(value: Any) -> str:
     if isinstance(value, list | dict) and len(value) > 8:
         return f"a {'list' if isinstance(value, list) else 'mapping'} of {len(value)} items"
+    if value is None or isinstance(value, bool):
+        return json.dumps(value)  # as the client wrote it: null, true, false
     return describe(value)

@@ -21,6 +21,7 @@ from typing import Any
 from pydantic import Field, SecretStr, ValidationError
 from starlette.types import ASGIApp, Receive, Scope, Send
 
+from amalgam.base.validation import expectation
 from amalgam.config.fields import Section
 from amalgam.config.settings import ServerSettings
 from amalgam.config.text import parse_yaml
@@ -277,6 +278,7 @@ def _entry(path: Path, index: int, item: Any) -> KeyEntry:
         return KeyEntry.model_validate(fields)
     except ValidationError as error:
         reasons = [
-            f"{'.'.join(map(str, part['loc'])) or 'it'}: {part['msg']}" for part in error.errors(include_input=False)
+            f"{'.'.join(map(str, part['loc'])) or 'it'}: {expectation(part).rstrip('.')}"
+            for part in error.errors(include_input=False)
         ]
         raise ConfigError(f"server.api_keys_file {str(path)!r}, entry {index}: {'; '.join(reasons)}.") from None

@@ -14,6 +14,7 @@ from typing import Any, Literal
 import yaml
 from pydantic import BaseModel, Field, ValidationError, field_validator
 
+from amalgam.base.validation import expectation
 from amalgam.config.fields import Section
 from amalgam.config.text import read_yaml
 from amalgam.errors import ConfigError, describe
@@ -273,7 +274,7 @@ def _explained(error: ValidationError) -> Iterator[str]:
         if item["type"] == "extra_forbidden":
             yield f"{key} is no key that is known."
         else:
-            yield f"{key} is {describe(item['input'])}: {item['msg']}."
+            yield f"{key} is {describe(item['input'])}. {expectation(item)}"
 
 
 def as_yaml(thresholds: Thresholds) -> str:
