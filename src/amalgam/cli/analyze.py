@@ -41,7 +41,7 @@ def command(
     head: Annotated[str | None, _precision("head")] = None,
     force: Annotated[bool, typer.Option("--force", help="Replace OUT.yaml.", rich_help_panel="Export")] = False,
 ) -> None:
-    """Show a checkpoint's layers, experts, sizes and formats, from headers or index; write a configuration for it."""
+    """Show a checkpoint's layers, experts, sizes and formats from its headers; write a configuration for it."""
     from amalgam.cli.console import print_json
     from amalgam.tools.analyze import analyze_checkpoint
     from amalgam.tools.export_config import export_config

@@ -26,7 +26,9 @@ def command(
     repeats: Annotated[int, typer.Option(min=1, help="Timed rounds; the median counts.")] = 3,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document, and no table.")] = False,
 ) -> None:
-    """Measure load time, memory, prompt and decoding speed. The last line is one JSON object."""
+    """Measure load time, memory, prompt and decoding speed. The last line is one JSON object.
+
+    `amalgam bench serve` measures a running server."""
     from amalgam.cli.console import human_bytes, print_json, print_table, progress_bar
     from amalgam.errors import ConfigError
     from amalgam.runtime.opening import open_deployment

@@ -37,7 +37,7 @@ def command(
     out: Annotated[Path | None, typer.Option(metavar="OUT.html", help="Draw the ratios by length.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document, and no table.")] = False,
 ) -> None:
-    """Measure what the KV cache saves: the same text with it, and with every step computing the whole text again."""
+    """Measure what the KV cache saves, compared with computing the whole text again at every step."""
     from amalgam.base.files import replace_file, writing
     from amalgam.cli.console import note, print_json, print_table, progress_bar, say
     from amalgam.tools import bench

@@ -45,7 +45,7 @@ def command(
     repeats: Annotated[int, typer.Option(min=1, help="Rounds; the median counts.")] = 3,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document, and no table.")] = False,
 ) -> None:
-    """Say what guessing tokens ahead would bring; with --speculation KIND or --chances measure it too, in turns."""
+    """Estimate the gain of speculative decoding; with --speculation KIND or --chances also measure it, in turns."""
     from amalgam.cli.bench import numbers_of
     from amalgam.cli.console import print_json, print_table
     from amalgam.tools import bench

@@ -31,17 +31,19 @@ def command(
     key: Annotated[
         str,
         typer.Option(
-            "--key", "--api-key", envvar="OPENAI_API_KEY", help="Of an ordinary user.", rich_help_panel=_SERVER
+            "--key", "--api-key", envvar="OPENAI_API_KEY", help="Key of an ordinary user.", rich_help_panel=_SERVER
         ),
     ] = "",
     admin_key: Annotated[
         str,
         typer.Option(
-            envvar="AMALGAM_SERVER_ADMIN_KEY", help="For what only administrators see.", rich_help_panel=_SERVER
+            envvar="AMALGAM_SERVER_ADMIN_KEY",
+            help="Key for checks that need an administrator.",
+            rich_help_panel=_SERVER,
         ),
     ] = "",
     model: Annotated[
-        str, typer.Option(help="Its name. Default: the first that the server lists.", rich_help_panel=_SERVER)
+        str, typer.Option(help="Model to ask. Default: the first that the server lists.", rich_help_panel=_SERVER)
     ] = "",
     file: Annotated[
         Path | None,

@@ -47,7 +47,7 @@ def command(
     stop: Annotated[bool, typer.Option("--stop", help="Drain and end a running cluster.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON (with --status).")] = False,
 ) -> int:
-    """Serve one model by several replicas on Ray, behind one address, until Ctrl-C or SIGTERM."""
+    """Serve one model with several replicas on Ray, behind one address, until Ctrl-C or SIGTERM."""
     given = {"replicas": replicas, "min_replicas": min_replicas, "max_replicas": max_replicas}
     wanted: dict[str, int | None] = {name: value for name, value in given.items() if value is not None}
     if replicas is not None and (min_replicas is not None or max_replicas is not None):

@@ -27,11 +27,11 @@ def command(
     settings: Settings,
     origins: Mapping[str, str],
     folder: Annotated[
-        Path, typer.Argument(help="Folder to write; must not exist. An interrupted run goes on when it is repeated.")
+        Path, typer.Argument(help="Folder to write; must not exist. Repeat the command to resume an interrupted run.")
     ],
     teacher: Annotated[
         str | None,
-        typer.Option(metavar="PLAN|MODEL", help="Who is learned from. Default: the student, every weight from base."),
+        typer.Option(metavar="PLAN|MODEL", help="The teacher. Default: the student with every weight from base."),
     ] = None,
     student: Annotated[
         str | None,
@@ -44,46 +44,55 @@ def command(
     width: Annotated[
         float | None,
         typer.Option(
-            min=0.01, max=1.0, help="Make the student: so much of the teacher's channels, heads, inner sizes."
+            min=0.01, max=1.0, help="Make a student with this share of the teacher's channels, heads and inner sizes."
         ),
     ] = None,
     layers: Annotated[
-        int | None, typer.Option(min=1, help="Make the student: so many of the teacher's layers.")
+        int | None, typer.Option(min=1, help="Make a student with this many of the teacher's layers.")
     ] = None,
     init: Annotated[
         str | None,
-        typer.Option(help="A student that is made begins with slices of the teacher's weights (default), or random."),
+        typer.Option(
+            help="Weights of a student that is made: slices of the teacher's (slices, the default), or random."
+        ),
     ] = None,
     text: Annotated[
         list[str] | None,
-        typer.Option("--text", metavar="[NAME=]FILE", help="Text to learn from: .txt, .jsonl or .json. Repeatable."),
+        typer.Option("--text", metavar="[NAME=]FILE", help="Training text: .txt, .jsonl or .json. Repeatable."),
     ] = None,
     prompts: Annotated[
         Path | None,
-        typer.Option(help="Prompts that the teacher answers first, JSONL as of `generate --input`; learn from these."),
+        typer.Option(
+            help="Prompts (JSONL as for `generate --input`) whose answers by the teacher are the training text."
+        ),
     ] = None,
     answers: Annotated[
         Path | None,
-        typer.Option(help="Where the answers are kept; learn from what is there. Default: beside the folder."),
+        typer.Option(help="File that keeps the teacher's answers between runs. Default: beside the folder."),
     ] = None,
     heldout: Annotated[
         list[str] | None,
         typer.Option(
             "--heldout",
             metavar="[NAME=]FILE",
-            help="Text that says when to stop and what was gained. Default: a fifth of what is given. Repeatable.",
+            help="Held-out text: decides when to stop, shows the gain. Default: a fifth of the text. Repeatable.",
         ),
     ] = None,
-    window: Annotated[int, typer.Option(min=2, help="Tokens of a text that are computed together.")] = 256,
-    tokens: Annotated[int | None, typer.Option(min=2, help="Most tokens of all texts, as many of each file.")] = None,
+    window: Annotated[int, typer.Option(min=2, help="Tokens computed as one sequence.")] = 256,
+    tokens: Annotated[
+        int | None, typer.Option(min=2, help="Most tokens of all texts, divided equally among the files.")
+    ] = None,
     heldout_tokens: Annotated[
-        int, typer.Option(min=2, help="Most tokens that are held out; read at every look.")
+        int, typer.Option(min=2, help="Most held-out tokens; all are read at every evaluation.")
     ] = 8192,
     temperature: Annotated[
         float | None, typer.Option(help="Softens both distributions of the divergence.  [default: 1]")
     ] = None,
     alpha: Annotated[
-        float, typer.Option(min=0.0, max=1.0, help="Share of the divergence; the rest is the text's own tokens.")
+        float,
+        typer.Option(
+            min=0.0, max=1.0, help="Weight of the divergence in the loss; the rest is cross-entropy on the text."
+        ),
     ] = 1.0,
     kl: Annotated[
         str | None,
@@ -99,11 +108,11 @@ def command(
         ),
     ] = None,
     rank: Annotated[
-        int | None, typer.Option(min=1, help="Train codes and wide by low-rank updates, merged in the end.")
+        int | None, typer.Option(min=1, help="Train codes and wide by low-rank updates (LoRA), merged at the end.")
     ] = None,
     steps: Annotated[int, typer.Option(min=1, help="Most steps.")] = 200,
-    batch_tokens: Annotated[int, typer.Option(min=2, help="Tokens of a step, about.")] = 2048,
-    part_tokens: Annotated[int, typer.Option(min=2, help="Tokens that are in memory at once.")] = 2048,
+    batch_tokens: Annotated[int, typer.Option(min=2, help="Tokens per step, about.")] = 2048,
+    part_tokens: Annotated[int, typer.Option(min=2, help="Tokens in memory at once.")] = 2048,
     lr: Annotated[
         float | None,
         typer.Option(
@@ -111,16 +120,17 @@ def command(
             help="Largest learning rate, as a share of a weight's values. Default: 0.001; 0.02 where matrices learn.",
         ),
     ] = None,
-    eval_every: Annotated[int, typer.Option(min=1, help="Steps from one look at held-out text to the next.")] = 20,
+    eval_every: Annotated[int, typer.Option(min=1, help="Steps between evaluations on held-out text.")] = 20,
     patience: Annotated[
-        int, typer.Option(min=0, help="End behind so many looks that found nothing better. 0: never before --steps.")
+        int,
+        typer.Option(min=0, help="Stop after this many evaluations without an improvement. 0: never before --steps."),
     ] = 5,
-    save_every: Annotated[int, typer.Option(min=1, help="Steps that a kill may cost.")] = 20,
-    seed: Annotated[int, typer.Option(min=0, help="Of the order of texts, and of what is drawn.")] = 0,
+    save_every: Annotated[int, typer.Option(min=1, help="Steps between checkpoints of the run.")] = 20,
+    seed: Annotated[int, typer.Option(min=0, help="Seed of the order of texts and of all random draws.")] = 0,
     curve: Annotated[Path | None, typer.Option(metavar="OUT.html", help="Draw losses and divergence by steps.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document.")] = False,
 ) -> int:
-    """Let a model learn from another: heal a low-precision plan, or train a smaller student."""
+    """Train a model on another one: recover the quality of a low-precision plan, or make a smaller student."""
     from amalgam.cli.console import note, print_json, progress_bar
     from amalgam.tools.distill import DistillOptions, check_before_answers, distill, teacher_settings, write_curve
     from amalgam.tools.distill_texts import TextsToLearn

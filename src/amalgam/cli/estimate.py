@@ -30,29 +30,35 @@ def command(
             "rtx-4090.",
         ),
     ] = None,
-    cost: Annotated[bool, typer.Option("--cost", help="Say what tokens cost, from measured throughput.")] = False,
+    cost: Annotated[bool, typer.Option("--cost", help="Estimate what tokens cost, from measured throughput.")] = False,
     measured: Annotated[
-        Path | None, typer.Option(metavar="FILE.json", help="What amalgam bench or bench serve has printed. Else: now.")
+        Path | None,
+        typer.Option(metavar="FILE.json", help="Output of `amalgam bench` or `bench serve`. Default: measure now."),
     ] = None,
     expected: Annotated[
-        bool, typer.Option("--expected", help="Take the speed model of this machine instead of measuring all of it.")
+        bool,
+        typer.Option(
+            "--expected", help="Use the speed model of this machine (a few layers timed) instead of a full measurement."
+        ),
     ] = False,
     prices: Annotated[
-        Path | None, typer.Option(metavar="FILE.yaml", help="Prices. Default: those that come along.")
+        Path | None, typer.Option(metavar="FILE.yaml", help="Price list. Default: the bundled one.")
     ] = None,
     machine: Annotated[
-        list[str] | None, typer.Option(help="Row of the prices that the measured machine is. Repeatable.")
+        list[str] | None, typer.Option(help="Row of the price list for the measured machine. Repeatable.")
     ] = None,
-    per_hour: Annotated[float | None, typer.Option(min=0, help="Its price for an hour, instead of a row.")] = None,
-    utilisation: Annotated[str, typer.Option(help="Shares of the time in which it works.")] = _UTILISATION,
+    per_hour: Annotated[
+        float | None, typer.Option(min=0, help="Price of the machine per hour, instead of a row.")
+    ] = None,
+    utilisation: Annotated[str, typer.Option(help="Shares of the time in which the machine works.")] = _UTILISATION,
     prompt_tokens: Annotated[
         float | None,
-        typer.Option(min=0, help="Prompt tokens for each new one, where no load was measured. Default: 1."),
+        typer.Option(min=0, help="Prompt tokens per new token, if no load was measured. Default: 1."),
     ] = None,
-    currency: Annotated[str, typer.Option(help="Of the answer. Default: that of the prices.")] = "",
+    currency: Annotated[str, typer.Option(help="Currency of the answer. Default: that of the price list.")] = "",
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document.")] = False,
 ) -> None:
-    """Say how much memory a model will need, part by part, or what its tokens cost. Memory: reads headers only."""
+    """Estimate the memory that a model needs, part by part, or what its tokens cost. Memory needs headers only."""
     from amalgam.cli.console import print_json
     from amalgam.errors import ConfigError
 

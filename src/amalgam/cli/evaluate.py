@@ -20,7 +20,7 @@ def command(
         typer.Option(
             "--text",
             metavar="[NAME=]FILE",
-            help="Text to measure on, and what to call it: .txt, .jsonl, or a .json list of texts. Repeatable.",
+            help="Text to measure on, and its name: .txt, .jsonl, or a .json list of texts. Repeatable.",
         ),
     ] = None,
     reference: Annotated[
@@ -33,20 +33,21 @@ def command(
             metavar="CONFIG.yaml|MODEL", help="Compare two models side by side: size, speed and quality of each."
         ),
     ] = None,
-    window: Annotated[int, typer.Option(min=2, help="Tokens of a text that are computed as one prompt.")] = 256,
+    window: Annotated[int, typer.Option(min=2, help="Tokens computed as one prompt.")] = 256,
     tokens: Annotated[
-        int | None, typer.Option(min=2, help="Most tokens, as many of each file, of documents drawn at random.")
+        int | None,
+        typer.Option(min=2, help="Most tokens, divided equally among the files, from documents drawn at random."),
     ] = None,
     sensitivity: Annotated[
         bool,
-        typer.Option("--sensitivity", help="Measure what each weight in each source of the configuration does."),
+        typer.Option("--sensitivity", help="Measure the effect of each weight in each source of the configuration."),
     ] = False,
     cache: Annotated[
-        Path | None, typer.Option(metavar="FOLDER", help="With --sensitivity: where it is kept between runs.")
+        Path | None, typer.Option(metavar="FOLDER", help="With --sensitivity: folder that keeps results between runs.")
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document.")] = False,
 ) -> None:
-    """Measure a configuration on texts: perplexity, KL divergence from a reference, equal first choices."""
+    """Measure a configuration on texts: perplexity, KL divergence from a reference, top-1 agreement."""
     from amalgam.cli.console import note, print_json, progress_bar
     from amalgam.config.reading import load_settings
     from amalgam.tools.evaluate import TextOptions, compare_models, evaluate

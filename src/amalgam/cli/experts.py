@@ -35,25 +35,27 @@ _TAKES = {
 @with_settings(needs_model=False, shown=("server.host", "server.port"))
 def command(
     settings: Settings,
-    url: Annotated[str | None, typer.Option(help="Address of the server. [default: as --host and --port say]")] = None,
+    url: Annotated[str | None, typer.Option(help="Address of the server. [default: from --host and --port]")] = None,
     top_k: Annotated[int | None, typer.Option(min=1, help="How many of the busiest experts to list.")] = None,
-    minutes: Annotated[float | None, typer.Option(help="Only the last so many minutes.")] = None,
+    minutes: Annotated[float | None, typer.Option(help="Only the last minutes, this many.")] = None,
     watch: Annotated[bool, typer.Option("--watch", help="Refresh until interrupted.")] = False,
     prompt: Annotated[
         str | None, typer.Option(help="Analyse this text token by token, without a server (with --config or --model).")
     ] = None,
     chat: Annotated[bool, typer.Option("--chat", help="Put the chat template around --prompt.")] = False,
-    max_new_tokens: Annotated[int | None, typer.Option(min=1, help="Go on from --prompt, greedily.")] = None,
+    max_new_tokens: Annotated[
+        int | None, typer.Option(min=1, help="Also generate this many tokens after --prompt, greedily.")
+    ] = None,
     layer: Annotated[list[int], typer.Option(help="Show this layer of --prompt. Repeatable.")] = [],  # noqa: B006
     compare: Annotated[
         tuple[str, str] | None,
-        typer.Option(help="Two of: a saved set's file; of the server: all, label:NAME, minutes:N, saved:NAME."),
+        typer.Option(help="Compare two of: a saved set's file; the server's all, label:NAME, minutes:N, saved:NAME."),
     ] = None,
-    merge: Annotated[list[Path], typer.Option(help="Put saved sets together (with --save). Repeatable.")] = [],  # noqa: B006
+    merge: Annotated[list[Path], typer.Option(help="Add saved sets together (with --save). Repeatable.")] = [],  # noqa: B006
     save: Annotated[Path | None, typer.Option(help="Write a saved set (.safetensors or .npz).")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document.")] = False,
 ) -> None:
-    """Show which experts traffic activates: a server's, one text's, or that of saved sets."""
+    """Show which experts are used: by a server's traffic, by one text, or in saved sets."""
     flags = {
         "--prompt": prompt,
         "--compare": compare,

@@ -23,7 +23,8 @@ _SHARES = ("widest", "narrowest", "none")
 def command(
     settings: Settings,
     folder: Annotated[
-        Path, typer.Argument(help="Folder to write; must not exist. An interrupted export goes on when repeated.")
+        Path,
+        typer.Argument(help="Folder to write; must not exist. Repeat the command to resume an interrupted export."),
     ],
     target: Annotated[str, typer.Option("--to", help="What to write: hf, vllm, modelopt, gguf or ollama.")],
     share: Annotated[
@@ -46,8 +47,10 @@ def command(
             "[default: the nearest that is at least as wide]",
         ),
     ] = None,
-    strict: Annotated[bool, typer.Option("--strict", help="Refuse what would change the value of any weight.")] = False,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would be written, and write nothing.")] = False,
+    strict: Annotated[
+        bool, typer.Option("--strict", help="Refuse the export if any weight's value would change.")
+    ] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Show what would be written; write nothing.")] = False,
     text: Annotated[
         list[str] | None,
         typer.Option(
@@ -56,7 +59,7 @@ def command(
             help="Measure the KL divergence from the base checkpoint on this text, before and after. Repeatable.",
         ),
     ] = None,
-    window: Annotated[int, typer.Option(min=2, help="--text: tokens that are computed as one prompt.")] = 256,
+    window: Annotated[int, typer.Option(min=2, help="--text: tokens computed as one prompt.")] = 256,
     tokens: Annotated[int | None, typer.Option(min=2, help="--text: most tokens.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document.")] = False,
 ) -> None:

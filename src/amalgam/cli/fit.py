@@ -25,16 +25,16 @@ def command(
         str | None, typer.Argument(metavar="FOLDER_OR_HUB_ID", help="The checkpoint; or give --config.")
     ] = None,
     context: Annotated[
-        int | None, typer.Option(min=1, help="Tokens of a sequence. Default: inference.max_seq_length.")
+        int | None, typer.Option(min=1, help="Tokens per sequence. Default: inference.max_seq_length.")
     ] = None,
     sequences: Annotated[
         int | None, typer.Option(min=1, help="Sequences at a time. Default: inference.max_batch_size.")
     ] = None,
     min_speed: Annotated[
-        float, typer.Option("--min-speed", min=0, help="Tokens a second that one sequence is to get at least.")
+        float, typer.Option("--min-speed", min=0, help="Least tokens per second for one sequence.")
     ] = 0.0,
     measures: Annotated[
-        bool, typer.Option("--measure/--no-measure", help="Time layers on this machine, which takes seconds.")
+        bool, typer.Option("--measure/--no-measure", help="Time layers on this machine (takes seconds).")
     ] = True,
     gpu: Annotated[
         str | None,
@@ -46,7 +46,7 @@ def command(
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document.")] = False,
 ) -> int:
-    """Look at this machine and say what of a model to run on it: which precision, context and batch, and how fast."""
+    """Recommend the precision, context and batch of a model for this machine, and estimate its speed."""
     from amalgam.cli.console import print_json, progress_bar
     from amalgam.planning.cards import parse_card
     from amalgam.tools.fit import Wanted, fit_model

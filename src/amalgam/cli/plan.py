@@ -23,14 +23,14 @@ def command(
     origins: Mapping[str, str],
     config_file: Path | None,
     explain: Annotated[
-        str | None, typer.Option(metavar="NAME", help="Say which rule decides for this weight, and why.")
+        str | None, typer.Option(metavar="NAME", help="Say which rule decides this weight's source, and why.")
     ] = None,
     show_all: Annotated[bool, typer.Option("--all", help="List every weight.")] = False,
     show_manifest: Annotated[
         bool, typer.Option("--manifest", help="Print the provenance of every weight, as JSON.")
     ] = False,
     sha256: Annotated[
-        bool, typer.Option("--sha256", help="With --manifest: digest every tensor; reads all of it.")
+        bool, typer.Option("--sha256", help="With --manifest: add a digest of every tensor; reads all files.")
     ] = False,
     diff: Annotated[
         tuple[str, str] | None,
@@ -64,7 +64,7 @@ def command(
         typer.Option(
             "--heldout",
             metavar="[NAME=]FILE",
-            help="Text to prove the plan on. Default: two fifths of --text, which nothing else then sees.",
+            help="Text to prove the plan on. Default: two fifths of --text, used for nothing else.",
             rich_help_panel=_PLANNING,
         ),
     ] = None,
@@ -72,7 +72,7 @@ def command(
         str | None,
         typer.Option(
             metavar="FILE|URL",
-            help="How the traffic uses the experts: a saved set, or a running server. Default: as --text does.",
+            help="How traffic uses the experts: a saved set or a server's address. Default: measured on --text.",
             rich_help_panel=_PLANNING,
         ),
     ] = None,
@@ -84,32 +84,32 @@ def command(
         list[str] | None,
         typer.Option(
             metavar="PATTERN=SOURCE",
-            help="These weights at least as wide as in SOURCE. Repeatable.",
+            help="Keep these weights at least as wide as in SOURCE. Repeatable.",
             rich_help_panel=_PLANNING,
         ),
     ] = None,
     tokens: Annotated[
-        int | None, typer.Option(min=2, help="Most tokens of each kind of text.", rich_help_panel=_PLANNING)
+        int | None, typer.Option(min=2, help="At most this many tokens of each domain.", rich_help_panel=_PLANNING)
     ] = _TOKENS,
     window: Annotated[
-        int, typer.Option(min=2, help="Tokens that are computed as one prompt.", rich_help_panel=_PLANNING)
+        int, typer.Option(min=2, help="Tokens computed as one prompt.", rich_help_panel=_PLANNING)
     ] = _WINDOW,
     checks: Annotated[
         int,
         typer.Option(
-            min=0, max=8, help="Rounds of checking sensitivities by measured divergences.", rich_help_panel=_PLANNING
+            min=0, max=8, help="Rounds that correct sensitivities by measured divergences.", rich_help_panel=_PLANNING
         ),
     ] = _CHECKS,
     context: Annotated[
         int | None,
         typer.Option(
             min=1,
-            help="Tokens of a sequence that the KV cache is to hold. Default: inference.max_seq_length.",
+            help="Tokens per sequence in the KV cache. Default: inference.max_seq_length.",
             rich_help_panel=_PLANNING,
         ),
     ] = None,
     num_sequences: Annotated[
-        int, typer.Option("--sequences", min=1, help="How many such sequences.", rich_help_panel=_PLANNING)
+        int, typer.Option("--sequences", min=1, help="Number of such sequences.", rich_help_panel=_PLANNING)
     ] = 1,
     slack: Annotated[
         float,
@@ -123,23 +123,23 @@ def command(
     ] = _SLACK,
     out: Annotated[
         Path | None,
-        typer.Option(metavar="OUT.yaml", help="Write the configuration that `serve` takes.", rich_help_panel=_PLANNING),
+        typer.Option(metavar="OUT.yaml", help="Write a configuration for `serve`.", rich_help_panel=_PLANNING),
     ] = None,
     frontier: Annotated[
         Path | None,
         typer.Option(
             metavar="OUT.html",
-            help="Draw divergence against size for this and other ways of planning.",
+            help="Draw divergence against size for this plan and its alternatives.",
             rich_help_panel=_PLANNING,
         ),
     ] = None,
     cache: Annotated[
         Path | None,
-        typer.Option(metavar="FOLDER", help="Where sensitivities are kept between runs.", rich_help_panel=_PLANNING),
+        typer.Option(metavar="FOLDER", help="Folder that keeps sensitivities between runs.", rich_help_panel=_PLANNING),
     ] = None,
     force: Annotated[bool, typer.Option("--force", help="Replace OUT.yaml.", rich_help_panel=_PLANNING)] = False,
 ) -> None:
-    """Check the weight mapping and show which source each weight comes from; compare two; or plan for a budget."""
+    """Check the weight mapping and show the source of each weight; compare two plans; or find the best for a budget."""
     given = {
         "--text": text,
         "--heldout": held_out,

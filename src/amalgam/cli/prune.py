@@ -25,38 +25,40 @@ def command(
     out: Annotated[
         Path | None,
         typer.Option(
-            "--out", "-o", help="Folder to write; must not exist. An interrupted run goes on when it is repeated."
+            "--out", "-o", help="Folder to write; must not exist. Repeat the command to resume an interrupted run."
         ),
     ] = None,
     experts: Annotated[
         list[str] | None,
-        typer.Option(help="Experts of each layer: 25%, or a number. Repeatable without --out.", rich_help_panel=_WHAT),
+        typer.Option(
+            help="Experts to remove from each layer: 25%, or a number. Repeatable without --out.", rich_help_panel=_WHAT
+        ),
     ] = None,
     layers: Annotated[
-        list[str] | None, typer.Option(help="Layers: a share or a number.", rich_help_panel=_WHAT)
+        list[str] | None, typer.Option(help="Layers to remove: a share or a number.", rich_help_panel=_WHAT)
     ] = None,
     channels: Annotated[
         list[str] | None,
-        typer.Option(help="Channels of each MLP and expert: a share or a number.", rich_help_panel=_WHAT),
+        typer.Option(help="Channels to remove from each MLP and expert: a share or a number.", rich_help_panel=_WHAT),
     ] = None,
     weights: Annotated[
         list[str] | None,
         typer.Option(
-            help="Single weights that become zero: a share, or n:m such as 2:4 (of 4 neighbours, 2 remain).",
+            help="Single weights to set to zero: a share, or n:m such as 2:4 (of 4 neighbours, 2 remain).",
             rich_help_panel=_WHAT,
         ),
     ] = None,
     by: Annotated[
         list[str] | None,
         typer.Option(
-            help="By what. Experts: reap (default), gate-mass, use, random; layers: influence, kl; channels: "
+            help="Criterion. Experts: reap (default), gate-mass, use, random; layers: influence, kl; channels: "
             "activation, magnitude; weights: wanda, magnitude. Repeatable without --out.",
             rich_help_panel=_WHAT,
         ),
     ] = None,
     merge: Annotated[
         bool,
-        typer.Option("--merge", help="Experts: merge what goes into what remains.", rich_help_panel=_WHAT),
+        typer.Option("--merge", help="Experts: merge removed experts into those that remain.", rich_help_panel=_WHAT),
     ] = False,
     per_layer: Annotated[
         bool,
@@ -78,44 +80,44 @@ def command(
         list[str] | None,
         typer.Option(help="Texts to choose by: FILE, or NAME=FILE for a domain. Repeatable.", rich_help_panel=_WHAT),
     ] = None,
-    tokens: Annotated[int, typer.Option(min=512, help="Tokens of the texts.", rich_help_panel=_WHAT)] = _TOKENS,
-    window: Annotated[
-        int, typer.Option(min=2, help="Longest run of tokens that is computed at once.", rich_help_panel=_WHAT)
-    ] = _WINDOW,
-    seed: Annotated[int, typer.Option(help="Of what is drawn at random.", rich_help_panel=_WHAT)] = 0,
+    tokens: Annotated[int, typer.Option(min=512, help="Tokens of the texts to read.", rich_help_panel=_WHAT)] = _TOKENS,
+    window: Annotated[int, typer.Option(min=2, help="Tokens computed as one prompt.", rich_help_panel=_WHAT)] = _WINDOW,
+    seed: Annotated[int, typer.Option(help="Seed of all random draws.", rich_help_panel=_WHAT)] = 0,
     compare: Annotated[
         bool,
-        typer.Option(help="Measure what plans of the same bytes do.", rich_help_panel=_COMPARING),
+        typer.Option(help="Compare with plans of the same size.", rich_help_panel=_COMPARING),
     ] = True,
     held_out: Annotated[
         list[str] | None,
         typer.Option(
             "--heldout",
-            help="Texts to measure on. Default: a part of --text, which nothing is chosen by.",
+            help="Texts to measure on. Default: a part of --text, used for nothing else.",
             rich_help_panel=_COMPARING,
         ),
     ] = None,
     precisions: Annotated[
         str | None,
-        typer.Option(help="Formats that plans choose from, beside base: int8,int4,…", rich_help_panel=_COMPARING),
+        typer.Option(
+            help="Formats for the plans to choose from, besides base: int8,int4,…", rich_help_panel=_COMPARING
+        ),
     ] = None,
     bits: Annotated[
         str | None,
-        typer.Option(help="Sizes to compare at: mean bits of a weight, 8,4.5,…", rich_help_panel=_COMPARING),
+        typer.Option(help="Sizes to compare at, in mean bits per weight: 8,4.5,…", rich_help_panel=_COMPARING),
     ] = None,
     curve: Annotated[
         Path | None, typer.Option(help="Page to write: divergence against bytes.", rich_help_panel=_COMPARING)
     ] = None,
     copies: Annotated[
         Path | None,
-        typer.Option(help="Folder where the model's copies in those formats are kept.", rich_help_panel=_COMPARING),
+        typer.Option(help="Folder that keeps the model's copies in those formats.", rich_help_panel=_COMPARING),
     ] = None,
     cache: Annotated[
-        Path | None, typer.Option(help="Folder where sensitivities are kept.", rich_help_panel=_COMPARING)
+        Path | None, typer.Option(help="Folder that keeps sensitivities between runs.", rich_help_panel=_COMPARING)
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document.")] = False,
 ) -> None:
-    """Leave out what a model needs least: experts, layers, channels or weights; beside plans of the same bytes."""
+    """Remove the experts, layers, channels or weights that matter least, and compare with plans of the same size."""
     from amalgam.cli.console import note, print_json, progress_bar, say
     from amalgam.cli.plan_view import announce
     from amalgam.cli.prune_view import show

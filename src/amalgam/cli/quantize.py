@@ -22,7 +22,7 @@ _ITERATIONS = 200
 def command(
     checkpoint: Annotated[str, typer.Argument(help="Folder or hub id of a bf16, fp16 or fp32 checkpoint.")],
     out_folder: Annotated[
-        Path, typer.Argument(help="Folder to write; must not exist. An interrupted run goes on when it is repeated.")
+        Path, typer.Argument(help="Folder to write; must not exist. Repeat the command to resume an interrupted run.")
     ],
     format_name: Annotated[
         str,
@@ -30,14 +30,14 @@ def command(
     ],
     group_size: Annotated[
         int | None,
-        typer.Option(min=1, help="Integers: inputs that share a scale. Default: 128, or less where needed."),
+        typer.Option(min=1, help="Integers: inputs that share a scale. Default: 128, or less if a weight needs it."),
     ] = None,
     scale: Annotated[
         str | None,
-        typer.Option(help="Weights that share a scale: tensor, channel (a whole row), group or block (fp8: 128×128)."),
+        typer.Option(help="What shares a scale: tensor, channel (a whole row), group or block (fp8: 128×128)."),
     ] = None,
     zero_points: Annotated[
-        bool, typer.Option("--zero-points", help="Integers: choose a zero point for each scale too.")
+        bool, typer.Option("--zero-points", help="Integers: add a zero point to each scale.")
     ] = False,
     method: Annotated[
         str | None,
@@ -50,19 +50,19 @@ def command(
     ] = None,
     calibrate: Annotated[
         list[Path] | None,
-        typer.Option(
-            help="File of texts that the model reads: .json (list of strings), .jsonl or plain text. Repeatable."
-        ),
+        typer.Option(help="Calibration texts: .json (list of strings), .jsonl or plain text. Repeatable."),
     ] = None,
-    calibration_tokens: Annotated[int, typer.Option(min=1024, help="Tokens of the texts that are read.")] = _TOKENS,
-    sequence_length: Annotated[int, typer.Option(min=8, help="Longest sequence of them.")] = _LENGTH,
+    calibration_tokens: Annotated[int, typer.Option(min=1024, help="Calibration tokens to read.")] = _TOKENS,
+    sequence_length: Annotated[int, typer.Option(min=8, help="Longest calibration sequence, in tokens.")] = _LENGTH,
     min_expert_tokens: Annotated[
         int,
-        typer.Option(min=0, help="Experts that fewer tokens are sent to are shown those that come nearest to it too."),
+        typer.Option(min=0, help="Experts with fewer routed tokens are also shown the tokens nearest to them."),
     ] = _EXPERT_TOKENS,
-    damping: Annotated[float, typer.Option(min=1e-6, max=1.0, help="gptq: damping, a share of the mean.")] = _DAMPING,
+    damping: Annotated[
+        float, typer.Option(min=1e-6, max=1.0, help="gptq: damping, as a share of the mean diagonal.")
+    ] = _DAMPING,
     act_order: Annotated[
-        bool, typer.Option(help="gptq: round the inputs' columns in the order of their size; groups stay in place.")
+        bool, typer.Option(help="gptq: round columns by the size of their inputs; groups stay in place.")
     ] = True,
     activations: Annotated[
         str | None,
@@ -70,9 +70,7 @@ def command(
     ] = None,
     tool: Annotated[
         str | None,
-        typer.Option(
-            "--with", help="Let another tool do it, in its own layout: auto-round, llm-compressor or gptqmodel."
-        ),
+        typer.Option("--with", help="Use another tool, in its own layout: auto-round, llm-compressor or gptqmodel."),
     ] = None,
     environment: Annotated[
         Path | None,

@@ -83,7 +83,7 @@ def command(
     ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document.")] = False,
 ) -> None:
-    """Change where a running server's weights come from, follow it, go back, keep versions, while requests go on."""
+    """Change the source of weights while a server runs; follow, cancel or undo a change; keep versions."""
     from amalgam.cli.server import Server, address_of
     from amalgam.config.settings import ServerSettings
 

@@ -21,18 +21,27 @@ if TYPE_CHECKING:
 MaxNewTokens = Annotated[
     int | None, typer.Option(help="Most tokens to generate. [default: the model's, or 512; for generate 128]")
 ]
-Temperature = Annotated[float | None, typer.Option(help="0 is greedy. [default: the model's, or 0.7]")]
+Temperature = Annotated[float | None, typer.Option(help="0: greedy. [default: the model's, or 0.7]")]
 TopP = Annotated[
-    float | None, typer.Option(help="Smallest set of tokens with this probability. [default: the model's, or 0.9]")
+    float | None,
+    typer.Option(
+        help="Sample from the smallest set of tokens with this total probability. [default: the model's, or 0.9]"
+    ),
 ]
-TopK = Annotated[int | None, typer.Option(help="This many most probable tokens; 0: all. [default: the model's, or 50]")]
-MinP = Annotated[float | None, typer.Option(help="Only tokens at least so probable, beside the most probable one.")]
-Seed = Annotated[int | None, typer.Option(help="The same seed gives the same text.")]
+TopK = Annotated[
+    int | None, typer.Option(help="Sample from this many most probable tokens; 0: all. [default: the model's, or 50]")
+]
+MinP = Annotated[
+    float | None, typer.Option(help="Only tokens with at least this probability, relative to the most probable one.")
+]
+Seed = Annotated[int | None, typer.Option(help="Seed of the sampling: the same seed gives the same text.")]
 Stop = Annotated[list[str], typer.Option(help="Stop before this text. Repeatable.")]
 RepetitionPenalty = Annotated[float | None, typer.Option(help="Above 1: tokens seen before become less probable.")]
 PresencePenalty = Annotated[float | None, typer.Option(help="Above 0: tokens of the answer become less probable.")]
-FrequencyPenalty = Annotated[float | None, typer.Option(help="The same, for each time that the answer has them.")]
-MinTokens = Annotated[int | None, typer.Option(help="Least tokens to generate.")]
+FrequencyPenalty = Annotated[
+    float | None, typer.Option(help="As --presence-penalty, for each time that the token occurs.")
+]
+MinTokens = Annotated[int | None, typer.Option(help="Fewest tokens to generate.")]
 JsonSchema = Annotated[Path | None, typer.Option(help="Answer with JSON of the schema in this file.")]
 Regex = Annotated[str | None, typer.Option(help="Answer with a text that matches this regular expression.")]
 

@@ -26,15 +26,16 @@ _MOST = 2**31 - 1  # as the server has it
 
 @with_settings
 def command(
-    file: Annotated[Path, typer.Argument(help="A text in UTF-8, of any length; - is what stdin gives.")],
+    file: Annotated[Path, typer.Argument(help="Text in UTF-8, of any length; - reads stdin.")],
     settings: Settings,
-    chunk_tokens: Annotated[int, typer.Option(max=_MOST, help="Tokens that are summarized at once.")] = CHUNK_TOKENS,
-    overlap_tokens: Annotated[int, typer.Option(help="How many of them the next chunk repeats.")] = OVERLAP_TOKENS,
+    chunk_tokens: Annotated[int, typer.Option(max=_MOST, help="Tokens per chunk.")] = CHUNK_TOKENS,
+    overlap_tokens: Annotated[int, typer.Option(help="Tokens that the next chunk repeats.")] = OVERLAP_TOKENS,
     max_summary_tokens: Annotated[
         int, typer.Option(min=1, max=_MOST, help="Most tokens of each summary.")
     ] = SUMMARY_TOKENS,
     language: Annotated[
-        Literal["auto", "en", "zh"], typer.Option(help="In which the model is asked; auto: as the text's.")
+        Literal["auto", "en", "zh"],
+        typer.Option(help="Language of the instructions to the model; auto: that of the text."),
     ] = "auto",
     temperature: Temperature = None,
     top_p: TopP = None,
@@ -42,9 +43,9 @@ def command(
     min_p: MinP = None,
     seed: Seed = None,
     repetition_penalty: RepetitionPenalty = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document, chunks and figures too.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document, with chunks and figures.")] = False,
 ) -> None:
-    """Summarize a long text without a server: its chunks side by side, then their summaries, until one is left."""
+    """Summarize a long text without a server: first its chunks, then their summaries, until one is left."""
     from amalgam.cli.console import note, print_json, progress_bar, write
     from amalgam.runtime.opening import open_deployment
     from amalgam.server.api.summaries import SummarizeBody

@@ -79,9 +79,9 @@ def command(
     ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document.")] = False,
 ) -> None:
-    """Try other weights on a running server's requests: begin, look at the report, promote, end.
+    """Try other weights on a running server's requests: begin, show the report, promote, end.
 
-    Without a version the report is shown; what is not given is the server's default.
+    Without a version it shows the report. Options that are not given have the server's defaults.
     """
     from amalgam.cli.server import Server, address_of
     from amalgam.config.settings import ServerSettings
