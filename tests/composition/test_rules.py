@@ -92,3 +92,9 @@ def test_unknown_name_is_refused_with_the_nearest() -> None:
 def test_many_stars_are_one_star() -> None:
     choices = Choices(NAMES, rules(("*" * 40 + "up_proj.weight", "int4")), "base")
     assert choices[EXPERT].source == "int4"
+
+
+def test_a_rule_that_stronger_ones_override_everywhere_is_named() -> None:
+    weak, strong = rules(("model.layers.*.mlp.experts.*", "int4"), ("model.layers.{0-9}.mlp.experts.*", "fp8"))
+    assert Choices([EXPERT], (weak, strong), "base").overridden == (weak,)
+    assert Choices([EXPERT], (strong,), "base").overridden == ()

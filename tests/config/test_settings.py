@@ -11,6 +11,7 @@ from pydantic import ValidationError
 from amalgam.config.environment import state_folder
 from amalgam.config.keys import all_settings, environment_name, setting_keys
 from amalgam.config.reading import load_settings, read_settings
+from amalgam.config.settings import build_settings
 from amalgam.errors import ConfigError
 from tests.errors import raises
 
@@ -96,7 +97,7 @@ def test_every_setting_has_a_description_and_an_environment_name() -> None:
 @pytest.mark.parametrize(
     ("text", "named"),
     [
-        ("", ["config.yaml", "None"]),
+        ("", ["config.yaml", "is empty"]),
         ("[1, 2]", ["config.yaml", "['1', '2']"]),
         ("model: {base_path: [}", ["config.yaml", "line 1", "'}'"]),
         ("model: {base_path: /m}\nmodel: {base_path: /n}", ["config.yaml", "line 2", "'model'"]),
@@ -339,3 +340,17 @@ def test_the_user_s_own_files_have_a_folder(monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setenv("HOME", "/home/me")
     assert state_folder({"XDG_STATE_HOME": "/s"}) == Path("/s/amalgam")
     assert state_folder({}) == state_folder({"XDG_STATE_HOME": "relative"}) == Path("/home/me/.local/state/amalgam")
+
+
+@pytest.mark.parametrize(
+    ("given", "meant"),
+    [
+        ({"servr": {"port": 1}}, "server"),
+        ({"inference": {"max_seq_len": 4096}}, "inference.max_seq_length"),
+        ({"planning": {"autoplan": {"enable": "true"}}}, "planning.autoplan.enabled"),
+    ],
+)
+def test_a_misspelt_setting_names_the_one_that_was_meant(given: dict[str, Any], meant: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        build_settings({"model": {"base_path": "m"}, **given})
+    assert f"Did you mean {meant}?" in str(caught.value)

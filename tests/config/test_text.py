@@ -106,3 +106,11 @@ def test_a_file_that_cannot_be_read_is_named(tmp_path: Path) -> None:
         path.write_bytes(content)
         with raises(ConfigError, path):
             read_yaml(path)
+
+
+def test_a_folder_and_an_empty_file_are_called_so(tmp_path: Path) -> None:
+    with raises(ConfigError, str(tmp_path), "folder"):
+        read_yaml(tmp_path)
+    (tmp_path / "empty.yaml").touch()
+    with raises(ConfigError, "empty.yaml", "is empty"):
+        read_yaml(tmp_path / "empty.yaml")

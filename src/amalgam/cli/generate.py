@@ -88,10 +88,13 @@ def command(
     if input_file is not None or output_file is not None:
         from amalgam.cli.batch import answer_lines
 
-        if input_file is None or output_file is None or prompt or grammar is not None:
+        if input_file is None or output_file is None:
+            given, missing = ("--output", "--input") if input_file is None else ("--input", "--output")
+            raise RequestError(f"{given} is given without {missing}.", remedy="Give both.")
+        if prompt or grammar is not None:
             raise RequestError(
-                "--input and --output stand alone.",
-                remedy="Give both, and neither prompts nor --json-schema or --regex: lines may have a response_format.",
+                f"--input is given with {'a prompt' if prompt else '--json-schema or --regex'}.",
+                remedy="Leave that out: the lines of the file have the prompts, and may have a response_format.",
             )
         return answer_lines(settings, input_file, output_file, params, as_json=as_json)
     if not prompt:

@@ -235,7 +235,7 @@ def _show(
     """The plan that the settings make."""
     import torch
 
-    from amalgam.cli.console import print_json, progress_bar
+    from amalgam.cli.console import note, print_json, progress_bar
     from amalgam.composition.loader import ModelLoader
     from amalgam.composition.manifest import plan_manifest
     from amalgam.runtime.derive import ensure_derived
@@ -255,6 +255,8 @@ def _show(
         _list(planned, as_json)
     else:
         _summarise(planned)
+        for rule in loader.choose().overridden:
+            note(f"Rule {rule.pattern!r} has no effect: for each weight that it matches, a stronger rule decides.")
 
 
 def _explain(explanation: Any, as_json: bool) -> None:

@@ -46,17 +46,19 @@ def command(
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document, with chunks and figures.")] = False,
 ) -> None:
     """Summarize a long text without a server: first its chunks, then their summaries, until one is left."""
+    check_sizes(chunk_tokens, overlap_tokens)
+    text = _read(file)  # before the imports, which take seconds
+
     from amalgam.cli.console import note, print_json, progress_bar, write
     from amalgam.runtime.opening import open_deployment
     from amalgam.server.api.summaries import SummarizeBody
 
-    check_sizes(chunk_tokens, overlap_tokens)
     params = chosen(
         temperature=temperature, top_p=top_p, top_k=top_k, min_p=min_p, seed=seed,
         repetition_penalty=repetition_penalty,
     )  # fmt: skip
     body = SummarizeBody(
-        text=_read(file),
+        text=text,
         chunk_tokens=chunk_tokens,
         overlap_tokens=overlap_tokens,
         max_summary_tokens=max_summary_tokens,

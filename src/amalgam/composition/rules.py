@@ -101,6 +101,11 @@ class Choices(Mapping[str, Choice]):
     def __len__(self) -> int:
         return len(self._choices)
 
+    @property
+    def overridden(self) -> tuple[Rule, ...]:
+        """Rules that decide for no weight, because a stronger one does for each that they match."""
+        return tuple(rule for rule in self.rules if id(rule) not in self._winners())
+
     def explain(self, name: str) -> Explanation:
         """Which rule won for one weight, and over which others.
 
@@ -118,8 +123,11 @@ class Choices(Mapping[str, Choice]):
         source = self.default_source if rule is None or rule.source is None else rule.source
         return Choice(name, source, rule, None if placing is None else placing.device, placing)
 
+    def _winners(self) -> set[int]:
+        return {id(rule) for choice in self._choices.values() for rule in (choice.rule, choice.device_rule)}
+
     def _check_all_match(self) -> None:
-        winners = {id(rule) for choice in self._choices.values() for rule in (choice.rule, choice.device_rule)}
+        winners = self._winners()
         for ranked in (self._of_sources, self._of_devices):
             for name in ranked.exact:
                 if name not in self._choices:
@@ -128,7 +136,7 @@ class Choices(Mapping[str, Choice]):
                 if id(rule) not in winners and not any(regex.fullmatch(name) for name in self._choices):
                     raise PlanError(
                         f"Rule {describe(rule.pattern)} matches no weight.",
-                        remedy="`amalgam plan` lists the weights' names.",
+                        remedy="`amalgam plan --all` lists the weights' names.",
                     )
 
 
@@ -161,4 +169,4 @@ def _nearest(name: str, names: Iterable[str]) -> str:
     close = difflib.get_close_matches(name, sample, n=3, cutoff=0.6) if len(name) < 256 else []
     if close:
         return "Did you mean " + " or ".join(repr(candidate) for candidate in close) + "?"
-    return "`amalgam plan` lists the weights' names."
+    return "`amalgam plan --all` lists the weights' names."

@@ -25,7 +25,8 @@ from amalgam.checkpoint.hub import resolve
 from amalgam.checkpoint.shards import Identity
 from amalgam.checkpoint.store import TensorStore
 from amalgam.composition.recognition import group_parts, recognise
-from amalgam.errors import UnsupportedError
+from amalgam.config.settings import BASE_SOURCE
+from amalgam.errors import CheckpointError, UnsupportedError
 from amalgam.formats.contract import Read, StoredWeight, cut, owned
 from amalgam.formats.declared.config import read_declaration
 from amalgam.formats.declared.values import Declaration
@@ -72,7 +73,12 @@ class Source:
                 the checkpoint declares, by name.
             UnsupportedError: it declares a quantization that is not served.
         """
-        folder = resolve(path_or_hub_id)
+        try:
+            folder = resolve(path_or_hub_id)
+        except CheckpointError as error:
+            if name == BASE_SOURCE:  # whose path is that of the model, which the user may have given alone
+                raise
+            raise CheckpointError(f"Source {name!r}: {error.what}", remedy=error.remedy) from None
         store = TensorStore.open(folder)
         config, place = _read_config(store)
         if store.metadata:

@@ -6,10 +6,12 @@ In: a nested mapping. Out: one immutable `Settings`. The command line's flags, `
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+import difflib
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Annotated, Any, Literal
 
 from pydantic import (
+    BaseModel,
     BeforeValidator,
     Field,
     SecretStr,
@@ -518,6 +520,23 @@ def _rule(pattern: str, value: PlacementLike) -> Rule:
     )
 
 
+def _suggestion(location: Sequence[str | int]) -> str:
+    """What to do about a setting that there is not: the section may have one of nearly that name."""
+    section: type[BaseModel] = Settings
+    for part in location[:-1]:
+        field = section.model_fields.get(str(part))
+        kind = None if field is None else field.annotation
+        if not (isinstance(kind, type) and issubclass(kind, BaseModel)):
+            return "Remove it or correct its name."
+        section = kind
+    close = difflib.get_close_matches(str(location[-1])[:64], section.model_fields, n=1)
+    return (
+        f"Did you mean {'.'.join(map(str, (*location[:-1], close[0])))}?"
+        if close
+        else ("Remove it or correct its name; `amalgam config` lists the settings.")
+    )
+
+
 def _explain(error: ValidationError, origins: Mapping[str, str] | None = None) -> list[str]:
     lines = []
     for item in error.errors(include_url=False):
@@ -526,7 +545,7 @@ def _explain(error: ValidationError, origins: Mapping[str, str] | None = None) -
         if origin.startswith(ENV_PREFIX):
             key = f"{key} ({origin})"
         if item["type"] == "extra_forbidden":
-            lines.append(f"  {key}: unknown setting. Remove it or correct its name.")
+            lines.append(f"  {key}: unknown setting. {_suggestion(item['loc'])}")
         elif item["type"] == "missing":
             lines.append(f"  {key}: is required. Give --config FILE, or set it by its flag or environment variable.")
         elif item["type"] == "value_error":

@@ -55,6 +55,8 @@ def read_yaml(path: Path) -> dict[str, Any]:
         ) from None
     except (ValueError, UnicodeDecodeError) as error:
         raise ConfigError(f"Configuration file {str(path)!r} is not valid YAML: {error}") from None
+    if data is None:
+        raise ConfigError(f"Configuration file {str(path)!r} is empty.", remedy="Expected a mapping.")
     if not isinstance(data, dict):
         raise ConfigError(f"Configuration file {str(path)!r} holds {describe(data)}.", remedy="Expected a mapping.")
     return data
