@@ -371,7 +371,7 @@ class Coordinator:
             rules = self._members.any("rules_of", version_id, among=ids)
         if rules is None:
             raise VersionNotFoundError(
-                f"Nobody knows weight version {version_id}.", remedy="GET /weights/changes tells of earlier ones."
+                f"There is no weight version {version_id}.", remedy="GET /weights/changes tells of earlier ones."
             )
         return rules
 
