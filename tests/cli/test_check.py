@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -13,6 +14,7 @@ from xml.etree import ElementTree as ET
 
 import pytest
 import yaml
+from tests.conftest import ROOT
 from tests.tools.check.faulty import KEY, serving
 
 from amalgam.cli import main
@@ -127,6 +129,14 @@ def test_what_will_be_sent_is_said_and_nothing_more_is(capsys: pytest.CaptureFix
     said = capsys.readouterr().out
     assert url in said and "7 s" in said and "SIGTERM" not in said
     assert not (tmp_path / "log").read_text()
+
+
+def test_the_page_says_how_many_requests_are_sent(capsys: pytest.CaptureFixture[str]) -> None:
+    page = (ROOT / "docs/production/check.md").read_text(encoding="utf-8")
+    for flags, before in (((), "at most "), (("--quick",), "(")):
+        assert main(["check", "--dry-run", *flags]) == 0
+        [number] = re.findall(r"at most (\d+) requests", capsys.readouterr().out)
+        assert f"{before}{number} " in page
 
 
 def test_the_time_is_bounded(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:

@@ -92,11 +92,11 @@ def announcement(target: Target, checks: Sequence[Check], max_seconds: float) ->
         f"{max(8, wanted.performance.clients)} at a time, in {max_seconds:g} s."
     ]
     if "limits.body" in ids:
-        lines.append(f"One body of {wanted.limits.body_bytes / 2**20:.0f} MiB is among them, to be refused.")
+        lines.append(f"One body of {wanted.limits.body_bytes / 2**20:.0f} MiB is among them, which should be refused.")
     if "limits.prompt" in ids:
         lines.append("One prompt is longer than the model takes.")
     if "limits.rate" in ids:
-        lines.append(f"A limit of the rate is looked for with up to {wanted.limits.rate_requests} short requests.")
+        lines.append(f"Up to {wanted.limits.rate_requests} short requests look for a rate limit.")
     if "operation.drain" in ids and target.evidence.drain is not None:
         lines.append(f"In the end process {target.evidence.drain} gets SIGTERM.")
     else:
