@@ -14,10 +14,11 @@ from amalgam.config.settings import InferenceSettings, ModelSettings
 from amalgam.errors import CheckpointError, ConfigError, ConflictError
 from amalgam.evaluation.quality import scored
 from amalgam.evaluation.running import open_contestant
+from amalgam.evaluation.texts import Window
 from amalgam.kernels.layouts import dense
 from amalgam.kernels.packed import PackedWeight
 from amalgam.models.registry import all_families
-from amalgam.training.lessons import Lesson, batches, parts_of, windows_of
+from amalgam.training.lessons import batches, parts_of
 from amalgam.training.losses import DistillationLoss
 from amalgam.training.selection import LEARNING, Kind, Selection, trained_weights
 from amalgam.training.student import Student
@@ -33,8 +34,9 @@ IDENTITY = {"teacher": "tiny"}
 Make = Callable[..., DistillationTrainer]
 
 
-def lesson(seed: int, size: int = 16) -> Lesson:
-    return Lesson(tuple(torch.randint(3, 250, (size,), generator=torch.Generator().manual_seed(seed)).tolist()))
+def lesson(seed: int, size: int = 16) -> Window:
+    drawn = torch.randint(3, 250, (size,), generator=torch.Generator().manual_seed(seed))
+    return Window("", seed, tuple(drawn.tolist()), 0.0)
 
 
 LESSONS, HELD_OUT = [lesson(seed) for seed in range(9)], [lesson(seed) for seed in range(20, 23)]
@@ -156,7 +158,7 @@ def test_lessons_come_in_an_order_of_their_own() -> None:
     assert first == again and first[:3] != first[3:]
     assert {one for batch in first[:3] for one in batch} == set(LESSONS)
     assert [len(part) for part in parts_of([lesson(0, 40), lesson(1, 4), lesson(2, 4)], 8)] == [1, 2]
-    rows, labels = scored(windows_of([Lesson((5, 6, 7, 8), 2), Lesson((9, 10))]))
+    rows, labels = scored([Window("", 0, (5, 6, 7, 8), 0.0, first=2), Window("", 1, (9, 10), 0.0)])
     assert rows.tolist() == [1, 2, 4] and labels.tolist() == [7, 8, 10]
 
 

@@ -43,7 +43,6 @@ from amalgam.tools.export.targets.compressed import dialect
 from amalgam.tools.initial_student import Beginning, is_bare, make_student
 from amalgam.training.drawing import curve_html
 from amalgam.training.initial import drawn_matrices
-from amalgam.training.lessons import lessons_of
 from amalgam.training.losses import DistillationLoss
 from amalgam.training.selection import HEALING, LEARNING, Kind, Selection, has_trainable_scales, trained_weights
 from amalgam.training.state import is_begun
@@ -282,9 +281,8 @@ class _Distillation:
         vocab_size = self._teacher.spec.vocab_size
         self._remarks += remarks(own, self._material.held_out, vocab_size)
         before = reference.figures(self._opened(self._student, "the student"), self._progress)
-        held_out = lessons_of(self._material.held_out)
         trainer = DistillationTrainer(
-            student, Teacher(teacher), self._options.loss, self._training(), held_out, on_look
+            student, Teacher(teacher), self._options.loss, self._training(), self._material.held_out.windows, on_look
         )
         state = self._partial / _STATE
         state.mkdir(exist_ok=True)

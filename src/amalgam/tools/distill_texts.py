@@ -13,9 +13,9 @@ from pathlib import Path
 import torch
 
 from amalgam.errors import ConfigError
-from amalgam.evaluation.texts import DEFAULT_WINDOW, Sample, read_texts, sample_of
+from amalgam.evaluation.texts import DEFAULT_WINDOW, Sample, Window, read_texts, sample_of
 from amalgam.text.tokenizer import Tokenizer
-from amalgam.training.lessons import Lesson, lessons_of, read_answers, windows_of
+from amalgam.training.lessons import read_answers
 
 HELD_OUT_SHARE = 0.2
 
@@ -45,19 +45,20 @@ class TextsToLearn:
 class Material:
     """What is learned from, and what is not."""
 
-    lessons: Sequence[Lesson]
+    lessons: Sequence[Window]
     held_out: Sample
 
     @property
     def digest(self) -> str:
         """Names all of the tokens."""
-        own = hashlib.sha256(repr((self.lessons, lessons_of(self.held_out))).encode()).hexdigest()[:16]
+        tokens = [[(one.token_ids, one.first) for one in part] for part in (self.lessons, self.held_out.windows)]
+        own = hashlib.sha256(repr(tokens).encode()).hexdigest()[:16]
         return f"{own}-{self.held_out.digest}"
 
     @property
     def longest(self) -> int:
         """Tokens of the longest sequence."""
-        return max(len(lesson.token_ids) for lesson in (*self.lessons, *lessons_of(self.held_out)))
+        return max(len(lesson.token_ids) for lesson in (*self.lessons, *self.held_out.windows))
 
 
 def read_material(files: TextsToLearn, tokenizer: Tokenizer, max_positions: int) -> Material:
@@ -81,9 +82,9 @@ def read_material(files: TextsToLearn, tokenizer: Tokenizer, max_positions: int)
     else:
         order = torch.randperm(len(answers), generator=torch.Generator().manual_seed(files.seed)).tolist()
         count = round(HELD_OUT_SHARE * len(answers))
-        held_out = Sample(tuple(windows_of([answers[index] for index in order[:count]])), "answers")
+        held_out = Sample(tuple(answers[index] for index in order[:count]), "answers")
         answers = [answers[index] for index in order[count:]]
-    lessons = [*([] if texts is None else lessons_of(texts)), *answers]
+    lessons = [*([] if texts is None else texts.windows), *answers]
     if not lessons or not held_out.windows:
         raise ConfigError(
             f"{len(lessons)} windows are left to learn from, and {len(held_out.windows)} are held out.",

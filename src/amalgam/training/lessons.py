@@ -1,47 +1,25 @@
 """What a student reads, and in which order.
 
-In: windows of texts, answers that a teacher wrote to prompts. Out: `Lesson`s, and batches of them without end, the same
-for one seed at every run. Must never know: models, losses.
+In: windows of texts, answers that a teacher wrote to prompts. Out: lessons, which are windows as well, and batches of
+them without end, the same for one seed at every run. Must never know: models, losses.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
 from amalgam.base.strict_json import parse_json
 from amalgam.errors import ConfigError
-from amalgam.evaluation.texts import Sample, Window
+from amalgam.evaluation.texts import Window
 from amalgam.text.tokenizer import Tokenizer
 
 _EPOCHS_OF_SEED = 1_000_003  # so that no epoch of another seed has the same order
 
 
-@dataclass(frozen=True)
-class Lesson:
-    """Tokens of which some are to be predicted.
-
-    Attributes:
-        first: place of the first token that counts; those before it are only read.
-    """
-
-    token_ids: tuple[int, ...]
-    first: int = 1
-
-    @property
-    def num_rows(self) -> int:
-        return len(self.token_ids) - self.first
-
-
-def lessons_of(sample: Sample) -> list[Lesson]:
-    """A lesson of each window."""
-    return [Lesson(window.token_ids, window.first) for window in sample.windows]
-
-
-def read_answers(file: Path, tokenizer: Tokenizer, window: int) -> list[Lesson]:
+def read_answers(file: Path, tokenizer: Tokenizer, window: int) -> list[Window]:
     """Answers with their prompts, of which only the answers count: JSONL as `amalgam generate --output` writes it.
 
     An answer that ended by itself is followed by the token that ends texts. Lines with an error, and prompts that leave
@@ -57,7 +35,7 @@ def read_answers(file: Path, tokenizer: Tokenizer, window: int) -> list[Lesson]:
         lines = file.read_bytes().splitlines()
     except OSError as error:
         raise ConfigError(f"{file} cannot be read ({error.strerror or error}).", remedy="Give a file.") from None
-    found = []
+    found: list[Window] = []
     for number, line in enumerate(lines, 1):
         try:
             answer = parse_json(line)
@@ -77,13 +55,13 @@ def read_answers(file: Path, tokenizer: Tokenizer, window: int) -> list[Lesson]:
             after.append(min(tokenizer.eos_token_ids))
         token_ids = (*before, *after)[:window]
         if before and len(token_ids) > len(before):
-            found.append(Lesson(token_ids, len(before)))
+            found.append(Window("", len(found), token_ids, 0.0, len(before)))
     if not found:
         raise ConfigError(f"{file} holds no answer that a student could learn from.", remedy="Give other prompts.")
     return found
 
 
-def batches(lessons: Sequence[Lesson], num_tokens: int, seed: int) -> Iterator[list[Lesson]]:
+def batches(lessons: Sequence[Window], num_tokens: int, seed: int) -> Iterator[list[Window]]:
     """Batches of about so many tokens, without end: all lessons in an order that is drawn, then all in another one."""
     epoch = 0
     while True:
@@ -93,14 +71,9 @@ def batches(lessons: Sequence[Lesson], num_tokens: int, seed: int) -> Iterator[l
         epoch += 1
 
 
-def windows_of(lessons: Sequence[Lesson]) -> list[Window]:
-    """As what computes prompts has them."""
-    return [Window("", index, lesson.token_ids, 0.0, lesson.first) for index, lesson in enumerate(lessons)]
-
-
-def parts_of(lessons: Sequence[Lesson], num_tokens: int) -> Iterator[list[Lesson]]:
+def parts_of(lessons: Sequence[Window], num_tokens: int) -> Iterator[list[Window]]:
     """Lessons in order, as many together as have `num_tokens` tokens; a longer one alone."""
-    part: list[Lesson] = []
+    part: list[Window] = []
     room = num_tokens
     for lesson in lessons:
         if part and room < len(lesson.token_ids):

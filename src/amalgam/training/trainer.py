@@ -24,8 +24,9 @@ from amalgam.composition.progress import Progress
 from amalgam.errors import ConfigError
 from amalgam.evaluation.quality import scored
 from amalgam.evaluation.running import Contestant, rows_at_once
+from amalgam.evaluation.texts import Window
 from amalgam.training.adam import Adam
-from amalgam.training.lessons import Lesson, batches, parts_of, windows_of
+from amalgam.training.lessons import batches, parts_of
 from amalgam.training.losses import DistillationLoss, Losses
 from amalgam.training.state import TrainingState, is_begun, load_state, save_state
 from amalgam.training.student import Expanded, Student
@@ -123,13 +124,13 @@ class Teacher:
         self._contestant = contestant
         self.vocab_size = contestant.loader.spec.vocab_size
 
-    def hidden(self, lessons: Sequence[Lesson]) -> Tensor:
+    def hidden(self, lessons: Sequence[Window]) -> Tensor:
         """`[tokens, hidden]` of lessons one after the other.
 
         Raises:
             CheckpointError: it holds NaN or infinity.
         """
-        return torch.cat([hidden for _, hidden in self._contestant.hidden(windows_of(lessons))])
+        return torch.cat([hidden for _, hidden in self._contestant.hidden(lessons)])
 
     def logits(self, hidden: Tensor) -> Tensor:
         """float32 `[rows, vocabulary]`."""
@@ -184,7 +185,7 @@ class DistillationTrainer:
         teacher: Teacher,
         loss: DistillationLoss,
         options: TrainingOptions,
-        held_out: Sequence[Lesson],
+        held_out: Sequence[Window],
         on_look: Callable[[Look], None] = lambda look: None,
     ) -> None:
         self._student = student
@@ -198,7 +199,7 @@ class DistillationTrainer:
         self._adam = Adam(student.parameters, options.weight_decay)
 
     def train(
-        self, lessons: Sequence[Lesson], folder: Path, identity: dict[str, Any], progress: Progress | None = None
+        self, lessons: Sequence[Window], folder: Path, identity: dict[str, Any], progress: Progress | None = None
     ) -> Outcome:
         """All steps, or those that an earlier run has left; the student is then as it was when it did best.
 
@@ -241,7 +242,7 @@ class DistillationTrainer:
             time.monotonic() - started,
         )
 
-    def train_step(self, batch: Sequence[Lesson], step: int) -> Point:
+    def train_step(self, batch: Sequence[Window], step: int) -> Point:
         """One change of the parameters.
 
         Raises:
@@ -288,10 +289,10 @@ class DistillationTrainer:
         return Look(step, divergence, loss)
 
     def _losses(
-        self, loss: DistillationLoss, weights: Expanded, hidden: Tensor, taught: Tensor | None, part: Sequence[Lesson]
+        self, loss: DistillationLoss, weights: Expanded, hidden: Tensor, taught: Tensor | None, part: Sequence[Window]
     ) -> Iterator[Losses]:
         """Of some rows at a time, so that logits of few are in memory."""
-        rows, labels = scored(windows_of(part))
+        rows, labels = scored(part)
         for some, wanted in zip(rows.split(self._at_once), labels.split(self._at_once), strict=True):
             logits = self._student.logits(weights, hidden[some.to(hidden.device)])
             teacher = None if taught is None else self._teacher.logits(taught[some.to(taught.device)])

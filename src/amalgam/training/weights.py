@@ -75,19 +75,14 @@ class TrainedScales(Trained):
 
     def __init__(self, weight: PackedWeight) -> None:
         self._weight = weight
-        self._scale = weight.parts["scale"]
-        self.parameters = {"growth": _leaf(torch.zeros(self._scale.shape, device=self._scale.device))}
+        self._scales = _Scales(weight.parts["scale"])
+        self.parameters = {"growth": self._scales.growth}
 
     def value(self) -> Tensor:
-        scale = _rounded(self._grown(), self._scale.dtype)
-        return replace(self._weight, parts={**self._weight.parts, "scale": scale}).unpack()
+        return replace(self._weight, parts={**self._weight.parts, "scale": self._scales.value()}).unpack()
 
     def packed(self) -> PackedWeight:
-        scale = _stored(self._grown(), self._scale.dtype)
-        return replace(self._weight, parts={**self._weight.parts, "scale": scale})
-
-    def _grown(self) -> Tensor:
-        return self._scale.float() * self.parameters["growth"].exp()
+        return replace(self._weight, parts={**self._weight.parts, "scale": self._scales.stored()})
 
 
 class TrainedCodes(Trained):
@@ -111,7 +106,7 @@ class TrainedCodes(Trained):
     ) -> None:
         self._weight = weight
         self._allowed = allowed
-        self._scale = weight.parts["scale"]
+        self._scales = _Scales(weight.parts["scale"])
         codes = codes_of(weight)
         is_integer = not weight.parts["weight"].dtype.is_floating_point
         self._unit = 1.0 if is_integer else allowed.high / _FLOATS_OF_CODES
@@ -119,28 +114,44 @@ class TrainedCodes(Trained):
             codes = codes + (in_codes(weight, wide.float()) - codes).clamp(-_INSIDE, _INSIDE)
         start = codes / self._unit
         self._start = None if rank is None else start
-        growth = _leaf(torch.zeros(self._scale.shape, device=codes.device))
-        if rank is None:
-            self.parameters = {"growth": growth, "codes": _leaf(start)}
-        else:
-            self.parameters = {"growth": growth, **_low_rank(start, rank, generator)}
+        numbers = {"codes": _leaf(start)} if rank is None else _low_rank(start, rank, generator)
+        self.parameters = {"growth": self._scales.growth, **numbers}
 
     def value(self) -> Tensor:
         numbers = self._numbers()
         codes = numbers + (nearest(numbers.detach(), self._weight, self._allowed) - numbers.detach())
-        return expanded(self._weight, codes, _rounded(self._grown(), self._scale.dtype))
+        return expanded(self._weight, codes, self._scales.value())
 
     def packed(self) -> PackedWeight:
         codes = nearest(self._numbers().detach(), self._weight, self._allowed)
         made = with_codes(self._weight, codes)
-        return replace(made, parts={**made.parts, "scale": _stored(self._grown(), self._scale.dtype)})
+        return replace(made, parts={**made.parts, "scale": self._scales.stored()})
 
     def _numbers(self) -> Tensor:
         codes = self.parameters["codes"] if self._start is None else self._start + _product(self.parameters)
         return self._unit * codes
 
+
+class _Scales:
+    """Scales that learn, each with its sign.
+
+    Attributes:
+        growth: the logarithms of what they are multiplied by; 0 at first.
+    """
+
+    def __init__(self, start: Tensor) -> None:
+        self._start = start
+        self.growth = _leaf(torch.zeros(start.shape, device=start.device))
+
+    def value(self) -> Tensor:
+        """As they would be served, float32."""
+        return _rounded(self._grown(), self._start.dtype)
+
+    def stored(self) -> Tensor:
+        return _stored(self._grown(), self._start.dtype)
+
     def _grown(self) -> Tensor:
-        return self._scale.float() * self.parameters["growth"].exp()
+        return self._start.float() * self.growth.exp()
 
 
 def _leaf(start: Tensor) -> Tensor:
