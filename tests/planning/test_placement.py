@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import itertools
+from types import SimpleNamespace
 
+import highspy
 import numpy as np
 import pytest
 
 from amalgam.errors import PlanError
+from amalgam.planning import knapsack, placement
+from amalgam.planning.knapsack import Allowance
 from amalgam.planning.lagrangian import Capacity, Problem, minimise, taken
 from amalgam.planning.placement import Place, can_hold, place, place_chosen
 from tests.errors import raises
@@ -92,6 +96,31 @@ def test_quality_comes_first_and_the_used_experts_lie_on_the_card() -> None:
 
     faster = place(losses, places, groups, slack=0.8, limit=1.0)
     assert faster.seconds < found.seconds and found.loss < faster.loss <= 1.81 * faster.loss_bound
+
+
+def test_the_solver_is_asked_several_times_and_takes_no_more_than_it_may_in_all(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """By a clock on which each question takes two seconds."""
+    granted: list[float] = []
+
+    class Clocked(Allowance):
+        def run(self, solver: highspy.Highs) -> None:
+            granted.append(self.left)
+            super().run(solver)
+
+    ticks = itertools.count(0.0, 2.0)
+    monkeypatch.setattr(knapsack, "time", SimpleNamespace(monotonic=lambda: next(ticks)))
+    monkeypatch.setattr(placement, "Allowance", Clocked)
+    losses, places, groups, _ = layers(40, (1.6e5, 3.8e5))
+    place(losses, places, groups, slack=0.05, limit=5.0)
+    starts = [index for index, left in enumerate(granted) if left == 5.0]
+    assert len(starts) == 2 and starts[0] == 0 and len(granted) > 3
+    for first, end in zip(starts, [*starts[1:], len(granted)], strict=True):
+        assert granted[first:end] == [5.0 - 2.0 * index for index in range(end - first)]
+    solver = knapsack.silent_solver()
+    Clocked(-3.0).run(solver)
+    assert solver.getOptionValue("time_limit")[1] == pytest.approx(0.2)
 
 
 def test_where_sources_are_chosen_the_most_used_lie_on_the_card() -> None:

@@ -26,6 +26,7 @@ from amalgam.errors import PlanError
 Floats = npt.NDArray[np.float64]
 _BISECTIONS = 100
 _EXACT_OPTIONS = 20_000  # of a core that HiGHS is given
+_LEAST_SECONDS = 0.2  # for one problem, in which HiGHS takes up what is known already
 
 
 @dataclass(frozen=True)
@@ -52,12 +53,32 @@ class Solution:
         return max(0.0, self.loss - self.bound) / abs(self.loss) if self.loss else 0.0
 
 
-def solve(loss: Floats, cost: Floats, budget: float, *, gap: float = 1e-4, seconds: float = 20.0) -> Solution:
+class Allowance:
+    """Seconds that HiGHS may take for several problems together.
+
+    Attributes:
+        left: what is left of them; below 0 where HiGHS has taken longer than it might.
+    """
+
+    def __init__(self, seconds: float) -> None:
+        self.left = seconds
+
+    def run(self, solver: highspy.Highs) -> None:
+        """Let it solve within what is left."""
+        solver.setOptionValue("time_limit", max(_LEAST_SECONDS, self.left))
+        started = time.monotonic()
+        solver.run()
+        self.left -= time.monotonic() - started
+
+
+def solve(
+    loss: Floats, cost: Floats, budget: float, *, gap: float = 1e-4, allowance: Allowance | None = None
+) -> Solution:
     """
     Args:
         loss, cost: `[items, options]`; infinite loss: no such option.
         gap: HiGHS stops where it is sure to be so near to the best, as a share.
-        seconds: most time for HiGHS; the certificate then says how far it came.
+        allowance: most time for HiGHS; the certificate then says how far it came. None: 20 seconds.
 
     Raises:
         PlanError: the cheapest choice costs more than the budget.
@@ -83,7 +104,7 @@ def solve(loss: Floats, cost: Floats, budget: float, *, gap: float = 1e-4, secon
         core = _core(loss, cost, budget, price, best, bound)
         num_open = int((core.sum(axis=1) > 1).sum())
         if core.sum() - len(loss) <= _EXACT_OPTIONS:
-            choice, bound = _exact(loss, cost, budget, core, choice, bound, gap, seconds)
+            choice, bound = _exact(loss, cost, budget, core, choice, bound, gap, allowance or Allowance(20.0))
     return Solution(
         choice.astype(np.int64),
         float(loss[rows, choice].sum()),
@@ -168,7 +189,7 @@ def _exact(
     choice: npt.NDArray[np.int64],
     bound: float,
     gap: float,
-    seconds: float,
+    allowance: Allowance,
 ) -> tuple[npt.NDArray[np.int64], float]:
     """HiGHS on the core: its choice if that is better, and the better bound."""
     is_open = core.sum(axis=1) > 1
@@ -195,10 +216,9 @@ def _exact(
     model.a_matrix_.value_ = np.column_stack([np.ones(len(places)), costs / unit]).ravel()
     model.integrality_ = [highspy.HighsVarType.kInteger] * len(places)
     solver = silent_solver()
-    solver.setOptionValue("time_limit", seconds)
     solver.setOptionValue("mip_rel_gap", gap / 4)
     solver.passModel(model)
-    solver.run()
+    allowance.run(solver)
     info = solver.getInfo()
     values = np.asarray(solver.getSolution().col_value)
     if info.primal_solution_status == 2 and len(values):

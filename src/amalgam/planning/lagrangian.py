@@ -23,7 +23,7 @@ import numpy as np
 import numpy.typing as npt
 
 from amalgam.errors import PlanError
-from amalgam.planning.knapsack import silent_solver
+from amalgam.planning.knapsack import Allowance, silent_solver
 
 Floats = npt.NDArray[np.float64]
 Integers = npt.NDArray[np.int64]
@@ -88,32 +88,36 @@ def taken(values: Floats, places: Integers, options: Integers) -> float:
 
 
 def minimise(
-    problem: Problem, known: tuple[Integers, Integers] | None = None, *, gap: float = 1e-4, seconds: float = 20.0
+    problem: Problem,
+    known: tuple[Integers, Integers] | None = None,
+    *,
+    gap: float = 1e-4,
+    allowance: Allowance | None = None,
 ) -> Choice:
     """
     Args:
         known: places and options of a choice within the capacities, which the result is not worse than.
         gap: HiGHS stops where it is sure to be so near to the best, as a share.
-        seconds: most time for HiGHS.
+        allowance: most time for HiGHS; None: 20 seconds.
 
     Raises:
         PlanError: nothing within the capacities was found.
     """
     started = time.monotonic()
+    allowance = allowance or Allowance(20.0)
     dual = _Dual(problem)
     prices, of_prices = dual.maximise()
     penalty = dual.penalties(prices)
     best, bound = known, of_prices
     num_open = 0
-    deadline = started + seconds
     for size in _CORES:
         core = _Core(problem, penalty, size)
-        found, core_bound = core.solve(best, gap, max(1.0, deadline - time.monotonic()))
+        found, core_bound = core.solve(best, gap, allowance)
         num_open = core.num_open
         if found is not None:
             best = found
         bound = max(bound, min(core_bound, of_prices + core.least_left_out))
-        if core.is_whole or time.monotonic() > deadline:
+        if core.is_whole or allowance.left <= 0:
             break
         if best is not None:
             value = taken(problem.value, *best)
@@ -238,7 +242,7 @@ class _Core:
         self.num_open = int(self._is_open.sum())
 
     def solve(
-        self, known: tuple[Integers, Integers] | None, gap: float, seconds: float
+        self, known: tuple[Integers, Integers] | None, gap: float, allowance: Allowance
     ) -> tuple[tuple[Integers, Integers] | None, float]:
         """The best choice that is better than what is known, and a bound of all choices in the core."""
         problem, groups = self._problem, self._problem.groups
@@ -252,14 +256,14 @@ class _Core:
         fixed = float(problem.value[np.arange(len(groups)), self._places, self._options][settled].sum())
         solver = silent_solver()
         for name, value in (
-            ("time_limit", seconds), ("mip_rel_gap", gap), ("mip_feasibility_tolerance", _TOLERANCE),
+            ("mip_rel_gap", gap), ("mip_feasibility_tolerance", _TOLERANCE),
             ("primal_feasibility_tolerance", _TOLERANCE),
         ):  # fmt: skip
             solver.setOptionValue(name, value)
         solver.passModel(model)
         if known is not None:
             self._start(solver, model, columns, open_groups, known)
-        solver.run()
+        allowance.run(solver)
         info = solver.getInfo()
         found = known
         values = np.asarray(solver.getSolution().col_value)

@@ -23,7 +23,7 @@ from functools import cached_property
 
 import numpy as np
 
-from amalgam.planning.knapsack import Solution, solve
+from amalgam.planning.knapsack import Allowance, Solution, solve
 from amalgam.planning.lagrangian import Capacity, Floats, Integers, Problem, minimise, taken
 
 _SECONDS_GAP = 5e-3  # of the fastest placement: less than what bandwidths are certain to
@@ -91,25 +91,26 @@ def place(
         groups: int64 `[items]`: items of one number lie on one device.
         slack: how much larger than the least the loss may be, as a share, for a faster step.
         gap: of the loss, where searching ends, as a share.
-        limit: most seconds for HiGHS, for each of the two.
+        limit: most seconds for HiGHS, for each of the two, whatever it is asked on the way.
 
     Raises:
         PlanError: the weights do not fit.
     """
     table = _Table(losses, places, groups)
     # All devices as one: what they have together, and every weight where it takes least. Nothing can be better.
-    together = solve(losses, table.memory.min(axis=1), table.limit, gap=gap)
-    started = time.monotonic()
-    known, loss_bound = table.nearly(losses, gap), together.bound
+    started, allowance = time.monotonic(), Allowance(limit)
+    together = solve(losses, table.memory.min(axis=1), table.limit, gap=gap, allowance=allowance)
+    known, loss_bound = table.nearly(losses, gap, allowance), together.bound
     if known is None or taken(table.value, *known) > (1 + max(slack / 2, gap)) * loss_bound:
         weight = _weight_of(table.value, table.seconds, together.loss, slack)
         problem = Problem(table.value + weight * table.seconds, table.capacities, groups)
-        found = minimise(problem, known, gap=max(gap, slack / 4), seconds=limit)
+        found = minimise(problem, known, gap=max(gap, slack / 4), allowance=allowance)
         known = found.places, found.options
         loss_bound = max(loss_bound, found.bound - weight * _most(table.seconds))
     loss = taken(table.value, *known)
     within = Capacity(table.value, max(loss, (1 + slack) * max(0.0, loss_bound)))
-    fast = minimise(Problem(table.seconds, [*table.capacities, within], groups), known, gap=_SECONDS_GAP, seconds=limit)
+    quickest = Problem(table.seconds, [*table.capacities, within], groups)
+    fast = minimise(quickest, known, gap=_SECONDS_GAP, allowance=Allowance(limit))
     return Placement(
         fast.options,
         fast.places,
@@ -118,7 +119,7 @@ def place(
         fast.value,
         fast.bound,
         fast.num_open,
-        together.seconds + time.monotonic() - started,
+        time.monotonic() - started,
     )
 
 
@@ -149,7 +150,7 @@ class _Table:
             found.append(Capacity(cost, limit))
         return found
 
-    def nearly(self, losses: Floats, gap: float) -> tuple[Integers, Integers] | None:
+    def nearly(self, losses: Floats, gap: float, allowance: Allowance) -> tuple[Integers, Integers] | None:
         """Places and options of about the least loss: sources first, with room for one expert left on each device,
         then devices; None: they do not fit so."""
         for memory in (self.memory.min(axis=1), np.where(np.isfinite(losses), _largest(self.memory), np.inf)):
@@ -157,13 +158,15 @@ class _Table:
             limit = self.limit - len(self.limits) * widest
             if memory.min(axis=1).sum() > limit:
                 continue
-            options = solve(losses, memory, limit, gap=gap).choice
+            options = solve(losses, memory, limit, gap=gap, allowance=allowance).choice
             places = self.filled(options)
             if places is not None:
-                return places, self._refined(losses, options, places, gap)
+                return places, self._refined(losses, options, places, gap, allowance)
         return None
 
-    def _refined(self, losses: Floats, options: Integers, places: Integers, gap: float) -> Integers:
+    def _refined(
+        self, losses: Floats, options: Integers, places: Integers, gap: float, allowance: Allowance
+    ) -> Integers:
         """The least loss of each device by itself, where it is known what lies there: room that was left is used."""
         result = options.copy()
         for place, limit in enumerate(self.limits):
@@ -171,7 +174,7 @@ class _Table:
             if len(here):
                 exists = np.isfinite(self.memory[here, place])
                 own = np.where(exists, losses[here], np.inf)
-                result[here] = solve(own, self.memory[here, place], limit, gap=gap).choice
+                result[here] = solve(own, self.memory[here, place], limit, gap=gap, allowance=allowance).choice
         return result
 
     def filled(self, options: Sequence[int] | Integers) -> Integers | None:
