@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import yaml
 
 from amalgam.config.reading import load_settings
@@ -21,6 +22,7 @@ from amalgam.runtime.deployment import Deployment
 from amalgam.runtime.opening import open_deployment
 from amalgam.server.dashboard.mapping import configuration
 from tests.conftest import write_demo_config
+from tests.engine.running import wait_until
 from tests.errors import raises
 
 EXPERTS = "model.layers.*.mlp.experts.*"
@@ -138,6 +140,20 @@ def test_a_placement_is_looked_at_before_it_is_made(deployment: Deployment) -> N
     assert deployment.version is version
 
 
+def test_versions_that_are_kept_take_part_of_what_a_device_has(deployment: Deployment) -> None:
+    place(deployment, {HOT: {"source": "base", **AWAY}})
+    kept = deployment.versions.pin(deployment.version_id).version_id
+    place(deployment, {HOT: {"source": "fp8", **AWAY}})
+    used = deployment.device_figures()["cpu:1"].used_bytes
+    there = deployment.model_info()["devices"]["cpu:1"]["bytes"]
+    more = {COLD: {"source": "base", **AWAY}}
+    with raises(OutOfMemoryError, "cpu:1", used, used - there, 12_000_000):
+        place(deployment, more)
+    deployment.versions.unpin(kept)
+    wait_until(lambda: deployment.device_figures()["cpu:1"].used_bytes == there)
+    place(deployment, more)
+
+
 def test_the_model_says_what_lies_where(deployment: Deployment) -> None:
     place(deployment, {HOT: AWAY})
     before = deployment.device_figures()["cpu:1"]
@@ -158,6 +174,12 @@ def test_the_model_says_what_lies_where(deployment: Deployment) -> None:
     assert deployment.statistics is not None
     devices = deployment.statistics.precision_map()["devices"]
     assert devices == [["cpu:1"] * 8 + [None] * 8] * 6
+
+
+def test_a_card_is_called_by_its_number(deployment: Deployment, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As in releases before there were several devices."""
+    monkeypatch.setattr(deployment.loader, "device", torch.device("cuda", 0))
+    assert deployment.model_info()["device"] == "cuda:0"
 
 
 def test_undo_and_a_saved_mapping_keep_devices(deployment: Deployment, tmp_path: Path) -> None:

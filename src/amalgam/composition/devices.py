@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 import threading
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from weakref import WeakKeyDictionary
 
@@ -177,10 +177,11 @@ class Devices:
         left = free if limit is None else min(free, limit - used)
         return DeviceRoom(limit, used, max(0, left))
 
-    def check_room(self, needed: Mapping[str | None, int]) -> None:
+    def check_room(self, needed: Mapping[str | None, int], shared: Collection[PackedWeight] = ()) -> None:
         """
         Args:
             needed: bytes of new weights by device.
+            shared: weights beside them that the version has in common with others.
 
         Raises:
             OutOfMemoryError: a device has too little left for them. The primary one is looked at if it has a limit.
@@ -191,10 +192,15 @@ class Devices:
             room = self.room(device)
             if nbytes > room.available_bytes:
                 limit = "" if room.limit_bytes is None else f" of its {room.limit_bytes}"
+                with self._lock:
+                    others = room.used_bytes - sum(self._weights[device].get(weight, 0) for weight in shared)
                 raise OutOfMemoryError(
-                    f"The new weights take {nbytes} bytes on device {device or self.primary}, where weights take "
-                    f"{room.used_bytes}{limit} and {room.available_bytes} are available.",
-                    remedy="Place fewer experts there, choose smaller formats, or raise inference.devices.",
+                    f"The new weights take {nbytes} bytes on device {device or self.primary}, where those of all "
+                    f"versions take {room.used_bytes}{limit}, and {room.available_bytes} are available. {others} bytes "
+                    "there are of weights that the new version does not have.",
+                    remedy="Place fewer experts there, choose smaller formats, raise inference.devices, or keep fewer "
+                    "versions: unpin them, remove their names (GET /weights lists them), or wait for those that drain "
+                    "or stay to go back to (engine.rollback_answers).",
                 )
 
 

@@ -264,7 +264,7 @@ class ModelLoader:
         shared = {} if previous is None else {s: previous[s] for s, key in keys.items() if previous.keys.get(s) == key}
         missing = [weight for weight in planned if weight.slot.name not in shared]
         self.devices.check_there(missing)
-        self.devices.check_room(self.new_bytes(missing))
+        self.devices.check_room(self.new_bytes(missing), shared.values())
         with self._reading():
             weights = {**shared, **self._reader.read(missing, progress, turn)}
         self.devices.note((weight, weights[weight.slot.name]) for weight in missing)

@@ -101,7 +101,7 @@ def describe_model(
             "process_peak_bytes": peak_memory_bytes(),
         },
         "kv_blocks": {"total": status.num_blocks, "free": status.num_free_blocks},
-        "device": loader.devices.primary,
+        "device": str(loader.device),
         "devices": describe_devices(served, engine),
         "dtype": settings.inference.dtype,
         "activation": loader.activation if multiplies_integers(settings.inference.dtype, loader.device) else None,
