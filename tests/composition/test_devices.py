@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from amalgam.composition.loader import ModelLoader
+from amalgam.composition.progress import LOADING
 from amalgam.config.settings import InferenceSettings, ModelSettings, Rule, build_rules
 from amalgam.errors import ConfigError, OutOfMemoryError, PlanError
 from tests.conftest import DEMO
@@ -119,6 +120,12 @@ def test_weights_elsewhere_are_no_pages_of_the_packed_cache(derived: Path, tmp_p
     loader = opened(derived, devices={"cpu:1": None}, packed_cache=str(tmp_path))
     if loader.cache_folder is None:
         pytest.skip("there are no native kernels")
-    version = loader.build(loader.plan(build_rules({OF_EXPERT: {"device": "cpu:1"}})), 1).version
+    planned = loader.plan(build_rules({OF_EXPERT: {"device": "cpu:1"}}))
+    said: list[tuple[str, int, int]] = []
+    version = loader.build(planned, 1, progress=lambda *how_far: said.append(how_far)).version
     assert version.mapped_bytes > 0
     assert not any(version[slot].is_mapped for slot in version.devices) and len(version.devices) == 3
+    total = sum(weight.stored.nbytes for weight in planned)
+    done = [nbytes for _, nbytes, _ in said]
+    assert {(what, of) for what, _, of in said} == {(LOADING, total)}, "one progress over all of them"
+    assert done == sorted(done) and (len(done), done[-1]) == (len(planned), total)

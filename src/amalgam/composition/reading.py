@@ -9,7 +9,7 @@ import errno
 import logging
 import shutil
 import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack, nullcontext
 from pathlib import Path
 
@@ -49,27 +49,26 @@ class WeightReader:
         Args:
             turn: entered by the thread that reads a weight, for as long as it does.
         """
-        if self._cache_folder is None or not planned:
-            return _only(self._read(planned, progress, turn))
-        apart = [weight for weight in planned if weight.device is not None]
-        if apart:
-            here = self.read([weight for weight in planned if weight.device is None], progress, turn)
-            return {**here, **_only(self._read(apart, progress, turn))}
+        cached = [weight for weight in planned if self._cache_folder is not None and weight.device is None]
+        others = [weight for weight in planned if self._cache_folder is None or weight.device is not None]
+        if self._cache_folder is None or not cached:
+            return _only(self._read(others, _Tally(others, progress), turn))
         cache = PackedCache(self._cache_folder)
-        keys = {weight.slot.name: weight.cache_key for weight in planned}
-        found = self._find(cache, planned, keys)
-        missing = [weight for weight in planned if weight.slot.name not in found]
+        keys = {weight.slot.name: weight.cache_key for weight in cached}
+        found = self._find(cache, cached, keys)
+        missing = [weight for weight in cached if weight.slot.name not in found]
+        tally = _Tally([*missing, *others], progress)
         if missing:
-            found |= self._fill(cache, missing, keys, progress, turn)
+            found |= self._fill(cache, missing, keys, tally, turn)
         num_bytes = sum(weight.nbytes for weight in found.values() if weight.is_mapped)
         logger.info(
             "packed cache %s: %d of %d weights were there, %d MiB are mapped",
             cache.folder,
-            len(planned) - len(missing),
-            len(planned),
+            len(cached) - len(missing),
+            len(cached),
             num_bytes >> 20,
         )
-        return found
+        return {**found, **_only(self._read(others, tally, turn))}
 
     def _find(
         self, cache: PackedCache, planned: Sequence[PlannedWeight], keys: Mapping[str, str]
@@ -82,7 +81,7 @@ class WeightReader:
         cache: PackedCache,
         missing: Sequence[PlannedWeight],
         keys: Mapping[str, str],
-        progress: Progress | None,
+        tally: _Tally,
         turn: Turn,
     ) -> dict[str, PackedWeight]:
         """Write weights into the cache and map them from there; a weight leaves memory as soon as it is written.
@@ -96,9 +95,10 @@ class WeightReader:
                 locks = {lock.target: lock for lock in (cache.lock(_files_of(some)) for some in by_source.values())}
                 for target in sorted(locks):  # in one order for all processes, so that no two wait for each other
                     lock = stack.enter_context(locks[target])
-                    lock.acquire(waiting_for(cache.folder, lock, progress))
+                    lock.acquire(waiting_for(cache.folder, lock, tally.progress))
                 cache.open_files()
                 found = self._find(cache, missing, keys)
+                tally.skip(found)
                 missing = [weight for weight in missing if weight.slot.name not in found]
                 if found:
                     logger.info("packed cache %s: another process has written %d weights", cache.folder, len(found))
@@ -114,39 +114,58 @@ class WeightReader:
                 def keep(weight: PlannedWeight, packed: PackedWeight) -> PackedWeight | None:
                     return None if files[id(weight.source)].add(keys[weight.slot.name], packed) else packed
 
-                weights = _only(self._read(missing, progress, turn, keep))
+                weights = _only(self._read(missing, tally, turn, keep))
                 for file in files.values():
                     file.commit()
         except OSError as error:
             logger.warning("The packed cache in %s cannot be written (%s); going on without.", cache.folder, error)
-            return found | _only(self._read(missing, progress, turn))
+            return found | _only(self._read(missing, tally, turn))
         written = [weight for weight in missing if weight.slot.name not in weights]
         weights |= self._find(cache, written, keys)
         lost = [weight for weight in missing if weight.slot.name not in weights]
-        return {**found, **weights, **_only(self._read(lost, None, turn))}
+        return {**found, **weights, **_only(self._read(lost, tally, turn))}
 
     def _read(
-        self, planned: Sequence[PlannedWeight], progress: Progress | None, turn: Turn, keep: Keep | None = None
+        self, planned: Sequence[PlannedWeight], tally: _Tally, turn: Turn, keep: Keep | None = None
     ) -> dict[str, PackedWeight | None]:
         """Read and pack in threads; slot → what `keep` makes of the packed weight."""
-        total = sum(weight.stored.nbytes for weight in planned)
-        done = 0
-        lock = threading.Lock()
 
         def load(weight: PlannedWeight) -> PackedWeight | None:
-            nonlocal done
             backend = self._backend_of(weight.device)
             with turn(), uploading(backend.device):
                 packed = weight.load(backend)
                 kept = packed if keep is None else keep(weight, packed)
-            if progress is not None:
-                with lock:
-                    done += weight.stored.nbytes
-                    progress(LOADING, done, total)
+            tally.add(weight)
             return kept
 
         loaded = map_in_threads(load, planned, self._threads, "load")
         return dict(zip((weight.slot.name for weight in planned), loaded, strict=True))
+
+
+class _Tally:
+    """How far reading has come, in one or several goes: each weight counts once.
+
+    Attributes:
+        progress: who is told.
+    """
+
+    def __init__(self, planned: Sequence[PlannedWeight], progress: Progress | None) -> None:
+        self.progress = progress
+        self._left = {weight.slot.name: weight.stored.nbytes for weight in planned}
+        self._done, self._total = 0, sum(self._left.values())
+        self._lock = threading.Lock()
+
+    def add(self, weight: PlannedWeight) -> None:
+        """It has been read; any thread."""
+        with self._lock:
+            nbytes = self._left.pop(weight.slot.name, None)
+            if nbytes is not None and self.progress is not None:
+                self._done += nbytes
+                self.progress(LOADING, self._done, self._total)
+
+    def skip(self, slots: Iterable[str]) -> None:
+        """These need not be read any more."""
+        self._total -= sum(self._left.pop(slot, 0) for slot in slots)
 
 
 def packed_cache_folder(inference: InferenceSettings, device: torch.device) -> Path | None:
