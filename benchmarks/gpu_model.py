@@ -5,7 +5,8 @@
     python benchmarks/gpu_model.py --use traffic.safetensors         # a measured skew, from `amalgam experts --save`
 
 The model's real program is emitted, with weights that have a shape and a layout but no memory, and gone through
-instruction by instruction: what each launches on the Triton backend, and what every launch reads. Experts that a step
+instruction by instruction: what each launches on the Triton backend, and what every launch reads. What that leaves to
+torch (recurrent states, splits) counts operator by operator. Experts that a step
 of n sequences reads are an expectation: 1 - (1 - p)^n of each that a token uses with probability p, evenly p = k / E. A
 measured skew is the share of the activations by rank, stretched to this model's number of experts.
 
@@ -30,22 +31,30 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import numpy as np
 import numpy.typing as npt
 import torch
 from rich.table import Table
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from amalgam.cli.console import out
 from amalgam.experts.saved.files import load
+from amalgam.kernels.backends.reference.interpreter import Frame, execute
 from amalgam.kernels.layouts import E2M1, LAYOUTS, dense
 from amalgam.kernels.packed import ExpertTable, PackedWeight
 from amalgam.kernels.program import (
     Add,
     Attend,
+    Clamp,
+    Convolve,
+    DeltaRule,
     Embed,
+    Gelu,
     Head,
     Instruction,
     Mix,
@@ -53,8 +62,14 @@ from amalgam.kernels.program import (
     Program,
     Project,
     Route,
+    Scale,
+    ScaleBySigmoid,
+    ScanStates,
+    Split,
     SwiGlu,
+    rows_of,
 )
+from amalgam.kernels.step import Cache, LayerState, SequenceState, StepContext, StepSequence
 from amalgam.models.decoder import emit, ropes_of
 from amalgam.models.registry import read_spec
 from amalgam.models.spec import ModelSpec, Slot
@@ -78,6 +93,8 @@ PLANS: dict[str, tuple[tuple[tuple[float, str], ...], str]] = {
 BFLOAT16, GROUP, BLOCK = 2, 128, 128
 # Decoding attends in two launches: ranges of each sequence's context, then what they make together.
 ATTENTION_LAUNCHES = 2
+# What the Triton backend has no kernel for and leaves to torch, operator by operator.
+Torch = Clamp | Convolve | DeltaRule | Scale | ScaleBySigmoid | ScanStates | Split
 
 
 @dataclass(frozen=True)
@@ -183,6 +200,25 @@ def measured_use(path: Path, spec: ModelSpec) -> list[float]:
     return [float(value) for value in use]
 
 
+class Launched(TorchDispatchMode):
+    """Notes torch's operators that would be launched within it.
+
+    Attributes:
+        nbytes: what each of them reads and leaves.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.nbytes: list[float] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        if not func.is_view and "empty" not in func.name():
+            tensors = [leaf for leaf in tree_leaves((args, kwargs, result)) if isinstance(leaf, Tensor)]
+            self.nbytes.append(float(sum(tensor.nbytes for tensor in tensors)))
+        return result
+
+
 class Counter:
     """Goes through a program as the Triton backend runs it.
 
@@ -198,6 +234,7 @@ class Counter:
         self._context = context
         self._chances = read_chances(use, sequences)
         self._kv_bytes = kv_bytes
+        self._of_torch: dict[object, list[Launch]] = {}
 
     def launches(self, program: Program, is_on_card: Callable[[int], bool] = lambda rank: True) -> list[Launch]:
         found: list[Launch] = []
@@ -229,10 +266,32 @@ class Counter:
             yield from self._mix(one, is_on_card)
         elif isinstance(one, SwiGlu | Add):
             yield self._launch("elementwise", width=3 * one.out.width if isinstance(one, SwiGlu) else 3 * one.x.width)
+        elif isinstance(one, Gelu):
+            yield self._launch("elementwise", width=2 * one.x.width)
         elif isinstance(one, Head):
             yield self._launch("head", one.weight.nbytes, width=one.x.width + 2 * one.weight.shape[0])
+        elif isinstance(one, Torch):
+            key = type(one), tuple((rows.width, rows.stride) for rows in rows_of(one))
+            if key not in self._of_torch:
+                self._of_torch[key] = [Launch("torch", 0.0, 0.0, nbytes) for nbytes in self._by_torch(one)]
+            yield from self._of_torch[key]
         else:
             raise NotImplementedError(type(one).__name__)
+
+    def _by_torch(self, one: Torch) -> list[float]:
+        """Bytes of each operator that an instruction is for torch, found by running it on tensors without memory."""
+        states = [
+            None if shape is None else LayerState(*(meta(self._rows, *part, dtype=torch.float32) for part in shape))
+            for shape in self._spec.state_shapes
+        ]
+        sequences = [StepSequence([0], self._context, (), 1, SequenceState(slot, slot)) for slot in range(self._rows)]
+        step = StepContext(sequences, cast(Cache, SimpleNamespace(states=states, device=torch.device("meta"))))
+        frame = Frame(step, torch.bfloat16, ())
+        for rows in rows_of(one):
+            frame.put(rows, meta(self._rows, rows.width, dtype=torch.float32 if rows.is_wide else torch.bfloat16))
+        with Launched() as found:
+            execute(one, frame)
+        return found.nbytes
 
     def _attend(self, one: Attend) -> Iterator[Launch]:
         kept = 2 * one.num_kv_heads * one.head_dim * self._kv_bytes
@@ -340,6 +399,7 @@ class Model:
         not hold that alone."""
         heads = (one.num_kv_heads * one.head_dim for one in self.program.instructions if isinstance(one, Attend))
         kept = self.sequences * self.context * sum(2 * width * BFLOAT16 for width in heads)
+        kept += self.sequences * self.spec.state_bytes
         work = workspace_bytes(self.spec, self.sequences, self.sequences, torch.bfloat16)
         experts = self.experts_bytes
         room = card.memory_bytes - kept - work - (self.weights_bytes - int(experts.sum()))
@@ -379,7 +439,7 @@ def models(spec: ModelSpec, sequences: Sequence[int], context: int, uses: dict[s
                 yield Model(name, use_name, spec, program, version.nbytes, count, context, use)
 
 
-def rows_of(model: Model) -> dict[str, Any]:
+def counts_of(model: Model) -> dict[str, Any]:
     """Bytes and launches of a step with all weights on the card."""
     launches = model.everything
     experts = sum(one.weight_bytes for one in launches if one.kind in ("gate up", "down"))
@@ -507,7 +567,7 @@ def main() -> None:
     if arguments.use is not None:
         uses["skewed"] = measured_use(arguments.use, spec)
     found = list(models(spec, arguments.sequences, arguments.context, uses))
-    steps = [rows_of(model) for model in found]
+    steps = [counts_of(model) for model in found]
     bounds = {card.name: [model.bound(card, arguments.launch, host) for model in found] for card in cards}
     if not arguments.json:
         print_steps(steps, arguments.context)

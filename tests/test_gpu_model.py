@@ -5,9 +5,10 @@ from __future__ import annotations
 import pytest
 from benchmarks import gpu_model
 
-from amalgam.models.registry import read_spec
+from amalgam.models.registry import all_families, read_spec
 from amalgam.models.spec import ModelSpec
 from amalgam.planning.cards import Card
+from tests.models.tiny import BASE_CONFIG
 
 HOST = gpu_model.Host(50e9, 10e-6)
 
@@ -50,3 +51,14 @@ def test_bounds_follow_from_bytes_launches_and_room(spec: ModelSpec) -> None:
     assert divided is not None and 0 < divided.resident < 1 and divided.processor_bytes > 0
     assert divided.step_ms > free.step_ms
     assert model.bound(Card("none", others // 2, 1e12, 32e9), 0.0, HOST) is None
+
+
+def test_recurrent_layers_are_what_torch_does_for_each_sequence() -> None:
+    [family] = [family for family in all_families() if family.name == "qwen3_next"]
+    config = {**BASE_CONFIG, **family.tiny_config, "architectures": list(family.architectures)}
+    _, spec = read_spec(config, "tiny")
+    one, two, three = ([x for x in model_of(spec, count).everything if x.kind == "torch"] for count in (1, 2, 3))
+    more = len(two) - len(one)
+    assert len(three) - len(two) == more > 0 and more % 2 == 0, "as many for every sequence in each of two layers"
+    states = sum(x.activation_bytes for x in two) - sum(x.activation_bytes for x in one)
+    assert states > 2 * spec.state_bytes, "each sequence's states are read and written"
