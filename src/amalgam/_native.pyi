@@ -160,7 +160,10 @@ class Kernels:
     ) -> None:
         """out: float32 `[rows, k, hidden]`, left alone where an id is -1."""
 
-    def weighted_sum(self, outputs: Tensor, gate_weights: Tensor, out: Tensor, threads: int, /) -> None: ...
+    def weighted_sum(
+        self, outputs: Tensor, expert_ids: Tensor, gate_weights: Tensor, out: Tensor, threads: int, /
+    ) -> None:
+        """Outputs whose id is -1 add nothing, nor do those of `moe`."""
 
 def pack(
     kernels: Kernels,

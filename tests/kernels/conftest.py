@@ -3,6 +3,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 
 import pytest
+import torch
 
 from amalgam.config.environment import NATIVE_ISA_VARIABLE, NATIVE_ISAS
 from amalgam.kernels.backends.cpu import extension
@@ -38,3 +39,13 @@ def isa(request: pytest.FixtureRequest, use_isa: Callable[[str], None]) -> str:
     """Each instruction set in turn, in use."""
     use_isa(request.param)
     return str(request.param)
+
+
+@pytest.fixture
+def nan_in_new_memory() -> Iterator[None]:
+    """`torch.empty` gives NaN, and the largest integers."""
+    assert torch.utils.deterministic.fill_uninitialized_memory
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    assert torch.empty(1).isnan().all()
+    yield
+    torch.use_deterministic_algorithms(False)

@@ -157,6 +157,21 @@ def test_float32_results_do_not_depend_on_the_layout() -> None:
 
 
 @pytest.mark.usefixtures("isa")
+@pytest.mark.parametrize("operator", [moe, reference.moe])
+def test_an_id_of_no_expert_adds_nothing(operator: Callable[..., Tensor], nan_in_new_memory: None) -> None:
+    """Whatever its gate weight is, and as if the others were all."""
+    experts = packed(mixed_experts(3))
+    x, (ids, weights) = random(3, HIDDEN), routing(3, 3, 2)
+    ids[0, 0], weights[0, 0] = -1, torch.nan
+    ids[1, 1], weights[1, 1] = -1, torch.inf
+    ids[2] = -1
+    found = operator(x, ids, weights, experts)
+    assert torch.equal(found[:1], operator(x[:1], ids[:1, 1:], weights[:1, 1:], experts))
+    assert torch.equal(found[1:2], operator(x[1:2], ids[1:2, :1], weights[1:2, :1], experts))
+    assert torch.equal(found[2], torch.zeros(HIDDEN))
+    assert torch.equal(operator(x[2:], ids[2:], weights[2:], experts), torch.zeros(1, HIDDEN))
+
+
 def test_the_sum_runs_in_the_order_of_k() -> None:
     experts = packed(mixed_experts(6, only="fp32"))
     x = random(4, HIDDEN)
@@ -192,7 +207,7 @@ def test_unpacked_experts_take_the_reference() -> None:
 def test_what_cannot_be_read_is_refused() -> None:
     table = packed(mixed_experts(3))
     x, weights = random(2, HIDDEN), torch.ones(2, 1)
-    for wrong in (-1, 3):
+    for wrong in (-2, 3):
         with raises(IndexError, wrong, 3):
             moe(x, torch.tensor([[0], [wrong]]), weights, table)
     with raises(ValueError, "x", (2, HIDDEN + 1), HIDDEN):

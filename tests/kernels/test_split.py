@@ -78,6 +78,19 @@ def test_a_mixture_is_the_same_bits_wherever_its_experts_lie(
             assert torch.equal(result.nan_to_num(7), expected), (devices, tokens)
 
 
+@pytest.mark.parametrize("make", BACKENDS)
+def test_a_choice_of_no_expert_adds_nothing_wherever_experts_lie(make: Callable[[torch.dtype], Backend]) -> None:
+    backend = make(torch.float32)
+    experts = prepared(mixed_experts(COUNT), backend)
+    splitter = Splitter(backend, lambda name: make(torch.float32))
+    x, (ids, weights) = random(4, HIDDEN), routing(4, COUNT, 3)
+    ids[0, 1] = ids[2, 0] = -1
+    ids[3] = -1
+    expected = alone(backend, experts, x, ids, weights, SWIGLU)
+    for devices in PLACES:
+        assert torch.equal(split(experts, devices, splitter).mix(x, ids, weights, SWIGLU), expected), devices
+
+
 def test_what_goes_to_a_device_and_comes_back_is_counted() -> None:
     backend = reference(torch.float32)
     splitter = Splitter(backend, lambda name: reference(torch.float32))
@@ -165,7 +178,9 @@ def test_outputs_of_experts_elsewhere_are_left_alone() -> None:
         with raises(ValueError, "out"):
             backend.expert_outputs(random(3, HIDDEN), ids, table, SWIGLU, bad)
     with raises(ValueError, "gate_weights"):
-        backend.weighted_sum(out, torch.ones(3, 1), torch.float32)
+        backend.weighted_sum(out, ids, torch.ones(3, 1), torch.float32)
+    with raises(ValueError, "expert_ids"):
+        backend.weighted_sum(out, ids[:, :1], torch.ones(3, 2), torch.float32)
 
 
 @pytest.mark.parametrize("index", [None, 0, 99])

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 
 import pytest
@@ -149,16 +149,6 @@ def test_all_tokens_choose_one_expert() -> None:
     assert error(out.double(), x, ids, weights, experts, SWIGLU) < 0.02
 
 
-@pytest.fixture
-def nan_in_new_memory() -> Iterator[None]:
-    """`torch.empty` gives NaN, and the largest integers."""
-    assert torch.utils.deterministic.fill_uninitialized_memory
-    torch.use_deterministic_algorithms(True, warn_only=True)
-    assert torch.empty(1).isnan().all()
-    yield
-    torch.use_deterministic_algorithms(False)
-
-
 @pytest.mark.usefixtures("nan_in_new_memory")
 def test_outputs_of_some_experts_and_their_sum() -> None:
     """What devices that have some of the experts each do, and the one that adds: the bits of all in one place."""
@@ -173,9 +163,22 @@ def test_outputs_of_some_experts_and_their_sum() -> None:
         TritonOperators.expert_outputs(x, places, table, SWIGLU, out)
         torch.testing.assert_close(out[places < 0], before[places < 0], rtol=0, atol=0, equal_nan=True)
         assert out[places >= 0].isfinite().all()
-    added = TritonOperators.weighted_sum(out, weights, torch.bfloat16)
+    added = TritonOperators.weighted_sum(out, ids, weights, torch.bfloat16)
     assert torch.equal(added, TritonOperators.moe(x, ids, weights, prepared(experts)))
-    assert torch.equal(added, reference.weighted_sum(out, weights, torch.bfloat16))
+    assert torch.equal(added, reference.weighted_sum(out, ids, weights, torch.bfloat16))
+
+
+@pytest.mark.usefixtures("nan_in_new_memory")
+def test_an_id_of_no_expert_adds_nothing() -> None:
+    """Whatever its gate weight is."""
+    experts = experts_of(["bf16", "int4", "fp8"])
+    x, (ids, weights) = random(3, HIDDEN), routing(3, 3, 2)
+    expected = TritonOperators.moe(
+        x, ids, weights * torch.tensor([[0.0, 1.0], [1.0, 0.0], [0.0, 0.0]]), prepared(experts)
+    )
+    for place in ((0, 0), (1, 1), (2, 0), (2, 1)):
+        ids[place], weights[place] = -1, torch.nan
+    assert torch.equal(TritonOperators.moe(x, ids, weights, prepared(experts)), expected)
 
 
 def test_no_tokens() -> None:

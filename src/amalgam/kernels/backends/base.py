@@ -91,8 +91,8 @@ class Backend(Protocol):
             num_threads: most that compute, of processors; None: as many as PyTorch has.
         """
 
-    def weighted_sum(self, outputs: Tensor, gate_weights: Tensor, dtype: torch.dtype) -> Tensor:
-        """Σₖ gate_weights[t, k] × outputs[t, k], in the order of k, `[tokens, hidden]`."""
+    def weighted_sum(self, outputs: Tensor, expert_ids: Tensor, gate_weights: Tensor, dtype: torch.dtype) -> Tensor:
+        """Σₖ gate_weights[t, k] × outputs[t, k], in the order of k, `[tokens, hidden]`; not where an id is -1."""
 
 
 class OwnMixture(ExpertTable):

@@ -87,9 +87,9 @@ class CpuOperators(Operators):
         compute(x, expert_ids, experts, activation, out, num_threads=num_threads)
 
     @staticmethod
-    def weighted_sum(outputs: Tensor, gate_weights: Tensor, dtype: torch.dtype) -> Tensor:
+    def weighted_sum(outputs: Tensor, expert_ids: Tensor, gate_weights: Tensor, dtype: torch.dtype) -> Tensor:
         add = products.weighted_sum if extension.is_available() and outputs.is_cpu else Operators.weighted_sum
-        return add(outputs, gate_weights, dtype)
+        return add(outputs, expert_ids, gate_weights, dtype)
 
     @staticmethod
     def add_rms_norm(x: Tensor, delta: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:

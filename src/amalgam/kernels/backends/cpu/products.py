@@ -168,7 +168,7 @@ def moe(
     """The mixture of experts in one call; see `operators.moe`. Between the operators everything stays float32.
 
     Raises:
-        IndexError: an expert id without an expert.
+        IndexError: an expert id without an expert, other than -1.
         ValueError: shapes that do not fit together.
     """
     assert isinstance(experts, PanelExperts), type(experts)
@@ -214,7 +214,7 @@ def expert_outputs(
     )
 
 
-def weighted_sum(outputs: Tensor, gate_weights: Tensor, dtype: torch.dtype) -> Tensor:
+def weighted_sum(outputs: Tensor, expert_ids: Tensor, gate_weights: Tensor, dtype: torch.dtype) -> Tensor:
     """The second half; see `operators.weighted_sum`.
 
     Raises:
@@ -222,7 +222,8 @@ def weighted_sum(outputs: Tensor, gate_weights: Tensor, dtype: torch.dtype) -> T
     """
     out_type = dtype if dtype in extension.FLOAT_TYPES else torch.float32
     out = torch.empty((outputs.shape[0], outputs.shape[2]), dtype=out_type)
-    extension.kernels().weighted_sum(outputs, gate_weights.float().contiguous(), out, torch.get_num_threads())
+    ids, weights = expert_ids.long().contiguous(), gate_weights.float().contiguous()
+    extension.kernels().weighted_sum(outputs, ids, weights, out, torch.get_num_threads())
     return out.to(dtype)
 
 

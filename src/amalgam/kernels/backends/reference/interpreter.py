@@ -136,8 +136,8 @@ class ByOperators:
     ) -> None:
         self.operators.expert_outputs(x, expert_ids, experts, activation, out, num_threads=num_threads)
 
-    def weighted_sum(self, outputs: Tensor, gate_weights: Tensor, dtype: torch.dtype) -> Tensor:
-        return self.operators.weighted_sum(outputs, gate_weights, dtype)
+    def weighted_sum(self, outputs: Tensor, expert_ids: Tensor, gate_weights: Tensor, dtype: torch.dtype) -> Tensor:
+        return self.operators.weighted_sum(outputs, expert_ids, gate_weights, dtype)
 
 
 class ReferenceBackend(ByOperators):

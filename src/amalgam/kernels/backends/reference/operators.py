@@ -183,11 +183,12 @@ def moe(
     """Mixture of experts: `Σₖ gate_weights[t, k] × expert(expert_ids[t, k])(x[t])`, each expert a gated MLP.
 
     x: `[tokens, hidden]`; expert_ids: int64 and gate_weights: float, both `[tokens, k]`. Returns `[tokens, hidden]`.
-    Loops over the active experts only; the sum over k has a fixed order.
+    An id of -1 is no choice and adds nothing, whatever its gate weight. Loops over the active experts only; the sum
+    over k has a fixed order.
     """
     outputs = x.new_empty((*expert_ids.shape, x.shape[1]), dtype=torch.float32)
     expert_outputs(x, expert_ids, experts, activation, outputs)
-    return weighted_sum(outputs, gate_weights, x.dtype)
+    return weighted_sum(outputs, expert_ids, gate_weights, x.dtype)
 
 
 def expert_outputs(
@@ -222,15 +223,17 @@ def expert_outputs(
         outputs[rows] = linear(gated(gate, up, activation), expert.down, expert.down_bias).float()
 
 
-def weighted_sum(outputs: Tensor, gate_weights: Tensor, dtype: torch.dtype) -> Tensor:
-    """`Σₖ gate_weights[t, k] × outputs[t, k]` in float32, in the order of k.
+def weighted_sum(outputs: Tensor, expert_ids: Tensor, gate_weights: Tensor, dtype: torch.dtype) -> Tensor:
+    """`Σₖ gate_weights[t, k] × outputs[t, k]` in float32, in the order of k, but for those whose id is -1.
 
-    outputs: float32 `[tokens, k, hidden]`; gate_weights: `[tokens, k]`. Returns `[tokens, hidden]` in `dtype`.
+    outputs: float32 `[tokens, k, hidden]`; expert_ids, gate_weights: `[tokens, k]`. Returns `[tokens, hidden]` in
+    `dtype`.
     """
-    weights = gate_weights.float()
-    total = outputs[:, 0] * weights[:, :1]
+    is_none = (expert_ids == -1).unsqueeze(-1)
+    parts = (outputs * gate_weights.float().unsqueeze(-1)).masked_fill(is_none, 0.0)
+    total = parts[:, 0]
     for slot in range(1, outputs.shape[1]):
-        total = total + outputs[:, slot] * weights[:, slot : slot + 1]
+        total = total + parts[:, slot]
     return total.to(dtype)
 
 

@@ -54,7 +54,7 @@ class SplitExperts(OwnMixture):
                 self.backend.expert_outputs(x, places, self.near.table, activation, outputs, num_threads=threads)
         finally:
             _finish(begun)  # whatever has failed: they write to `outputs`
-        return self.backend.weighted_sum(outputs, gate_weights, x.dtype)
+        return self.backend.weighted_sum(outputs, expert_ids, gate_weights, x.dtype)
 
     @property
     def who(self) -> str:
@@ -120,7 +120,7 @@ class Splitter:
 
     def _share(self, experts: ExpertTable, device: str | None, backend: Backend) -> Share:
         own = [index for index, name in enumerate(experts.devices) if name == device]
-        places = torch.full((len(experts),), -1, dtype=torch.int64)
+        places = torch.full((len(experts) + 1,), -1, dtype=torch.int64)
         places[own] = torch.arange(len(own))
         table = backend.prepare_experts(ExpertTable(tuple(experts[index] for index in own)))
         return Share(table, places.to(self._backend.device))

@@ -37,8 +37,8 @@ class Share:
 
     Attributes:
         table: they, as the device's backend has prepared them.
-        places: int64 `[experts]` on the primary device: the place of each of the layer's experts in the table, -1 of
-            those that lie elsewhere.
+        places: int64 `[experts + 1]` on the primary device: the place of each of the layer's experts in the table, -1
+            of those that lie elsewhere, and of no expert, whose id is -1.
     """
 
     table: ExpertTable

@@ -183,7 +183,7 @@ def moe(
     assert isinstance(experts, TritonExperts), type(experts)
     outer = torch.empty((*expert_ids.shape, experts.hidden), dtype=x.dtype, device=x.device)
     expert_outputs(x, expert_ids, experts, activation, outer)
-    return weighted_sum(outer, gate_weights, x.dtype)
+    return weighted_sum(outer, expert_ids, gate_weights, x.dtype)
 
 
 def expert_outputs(x: Tensor, expert_ids: Tensor, experts: ExpertTable, activation: Activation, out: Tensor) -> None:
@@ -199,16 +199,16 @@ def expert_outputs(x: Tensor, expert_ids: Tensor, experts: ExpertTable, activati
             _multiply(x, experts, sizes, activation, order, tiles, counts, out)
 
 
-def weighted_sum(outputs: Tensor, gate_weights: Tensor, dtype: torch.dtype) -> Tensor:
+def weighted_sum(outputs: Tensor, expert_ids: Tensor, gate_weights: Tensor, dtype: torch.dtype) -> Tensor:
     """See `operators.weighted_sum`. outputs: contiguous, of any floating type."""
     tokens, choices, hidden = outputs.shape
     out = torch.empty((tokens, hidden), dtype=dtype, device=outputs.device)
     if tokens:
         block = min(1024, power_of_two(hidden))
-        weights = gate_weights.float().contiguous()
+        ids, weights = expert_ids.contiguous(), gate_weights.float().contiguous()
         with on_device_of(outputs):
             grid = (tokens, -(-hidden // block))
-            sum_kernel[grid](outputs, weights, out, hidden, CHOICES=choices, BLOCK=block, **OPTIONS)
+            sum_kernel[grid](outputs, ids, weights, out, hidden, CHOICES=choices, BLOCK=block, **OPTIONS)
     return out
 
 
@@ -307,7 +307,7 @@ def _variants() -> Iterator[Variant]:
         signature = {"ids": "*i64", "table": "*i64", "order": "*i32", "tiles": "*i32", "counts": "*i32"}
         signature |= {"num_slots": "i32", "num_tiles": "i32"}
         yield Variant(f"sort, tokens={tokens}", sort_kernel, signature, constants)
-    signature = {"outer": "*bf16", "gate_weights": "*fp32", "out": "*bf16", "width": "i32"}
+    signature = {"outer": "*bf16", "ids": "*i64", "gate_weights": "*fp32", "out": "*bf16", "width": "i32"}
     yield Variant("sum of experts", sum_kernel, signature, {"CHOICES": 8, "BLOCK": 1024})
     for name, kind in PUBLISHED.items():
         for tokens in (1, 16, 64, 512) if name in COMMON else (1, 512):

@@ -186,12 +186,13 @@ def down_kernel(
 
 
 @triton.jit
-def sum_kernel(outer, gate_weights, out, width, CHOICES: tl.constexpr, BLOCK: tl.constexpr):
-    """Each token's choices, weighted, in their order. Grid: (tokens, blocks of outputs)."""
+def sum_kernel(outer, ids, gate_weights, out, width, CHOICES: tl.constexpr, BLOCK: tl.constexpr):
+    """Each token's choices, weighted, in their order. Grid: (tokens, blocks of outputs). ids: as in `sort_kernel`."""
     token, output = tl.program_id(0).to(tl.int64), tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     total = tl.zeros((BLOCK,), tl.float32)
     for choice in tl.static_range(CHOICES):
         slot = token * CHOICES + choice
-        value = tl.load(outer + slot * width + output, mask=output < width, other=0.0).to(tl.float32)
-        total += value * tl.load(gate_weights + slot)
+        is_chosen = tl.load(ids + slot) >= 0
+        value = tl.load(outer + slot * width + output, mask=(output < width) & is_chosen, other=0.0).to(tl.float32)
+        total += value * tl.load(gate_weights + slot, mask=is_chosen, other=0.0)
     tl.store(out + token * width + output, rounded(total, out.dtype.element_ty), mask=output < width)

@@ -71,10 +71,10 @@ class TritonOperators(StepOperators):
             Operators.expert_outputs(x, expert_ids, experts, activation, out, num_threads=num_threads)
 
     @staticmethod
-    def weighted_sum(outputs: Tensor, gate_weights: Tensor, dtype: torch.dtype) -> Tensor:
+    def weighted_sum(outputs: Tensor, expert_ids: Tensor, gate_weights: Tensor, dtype: torch.dtype) -> Tensor:
         if mixtures.supports_sum(outputs, gate_weights, dtype):
-            return mixtures.weighted_sum(outputs.contiguous(), gate_weights, dtype)
-        return Operators.weighted_sum(outputs, gate_weights, dtype)
+            return mixtures.weighted_sum(outputs.contiguous(), expert_ids, gate_weights, dtype)
+        return Operators.weighted_sum(outputs, expert_ids, gate_weights, dtype)
 
 
 def has_kernel(instruction: Instruction, dtype: torch.dtype) -> bool:

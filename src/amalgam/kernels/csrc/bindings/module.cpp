@@ -341,16 +341,17 @@ void outputs_of_experts(const Kernels& table, const Experts& experts, const Tens
                    out.data<float>());
 }
 
-void sum_of_outputs(const Kernels& table, const Tensor& outputs, const Tensor& gate_weights, const Tensor& out,
-                    int threads) {
+void sum_of_outputs(const Kernels& table, const Tensor& outputs, const Tensor& expert_ids, const Tensor& gate_weights,
+                    const Tensor& out, int threads) {
     outputs.dense("outputs", kFloat32, {kAny, kAny, kAny});
     const int64_t tokens = outputs.shape(0), k = outputs.shape(1), hidden = outputs.shape(2);
+    expert_ids.dense("expert_ids", kInt64, {tokens, k});
     gate_weights.dense("gate_weights", kFloat32, {tokens, k});
     out.dense("out", kActivations, {tokens, hidden});
     require(k >= 1, "outputs is " + outputs.describe() + "; needed: at least one expert for each row");
     if (tokens == 0 || hidden == 0) return;
-    weighted_sum({&table, threads}, outputs.data<const float>(), gate_weights.data<const float>(), tokens, k, hidden,
-                 out.data(), out.dtype());
+    weighted_sum({&table, threads}, outputs.data<const float>(), expert_ids.data<const int64_t>(),
+                 gate_weights.data<const float>(), tokens, k, hidden, out.data(), out.dtype());
 }
 
 // --- Attention ---

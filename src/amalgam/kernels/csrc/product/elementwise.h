@@ -2,6 +2,8 @@
 // softmax of sampling.
 #pragma once
 
+#include <algorithm>
+
 #include "isa/float_types.h"
 #include "product/exponential.h"
 #include "product/kernels.h"
@@ -150,15 +152,19 @@ void combine_tokens(const CombineArgs& args, int64_t first, int64_t end) {
         for (int64_t start = args.first_column; start < args.end_column; start += kPart) {
             const int64_t count = args.end_column - start < kPart ? args.end_column - start : kPart;
             float total[kPart];
+            bool is_empty = true;
             for (int64_t k = 0; k < args.num_active; ++k) {
+                if (slots[k] < 0) continue;
                 const float* part = args.parts + slots[k] * args.hidden + start;
                 const float weight = weights[k];
-                if (k == 0) {
+                if (is_empty) {
                     for (int64_t i = 0; i < count; ++i) total[i] = part[i] * weight;
+                    is_empty = false;
                 } else {
                     for (int64_t i = 0; i < count; ++i) total[i] += part[i] * weight;
                 }
             }
+            if (is_empty) std::fill_n(total, count, 0.0f);
             for (int64_t i = 0; i < count; ++i) narrow(total[i], &out[start + i]);
         }
     }

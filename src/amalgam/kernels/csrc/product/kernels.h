@@ -92,7 +92,7 @@ struct GateUpArgs {
 // out[t] = sum over k of gate_weights[t, k] * parts[slots[t, k]], in the order of k.
 struct CombineArgs {
     const float* parts;         // [slots, hidden]
-    const int32_t* slots;       // [tokens, k]
+    const int32_t* slots;       // [tokens, k]; -1: adds nothing
     const float* gate_weights;  // [tokens, k]
     int64_t num_active;
     int64_t hidden;

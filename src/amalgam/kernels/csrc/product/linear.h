@@ -62,7 +62,7 @@ struct ExpertsArgs {
     const void* x;  // [tokens, hidden], dense
     DType x_dtype;
     int64_t tokens;
-    const int64_t* expert_ids;  // [tokens, num_active]
+    const int64_t* expert_ids;  // [tokens, num_active]; -1: no choice
     int64_t num_active;
     Gating gating;
 };
@@ -72,15 +72,16 @@ struct MoeArgs : ExpertsArgs {
     void* out;                  // [tokens, hidden], of the type of x
 };
 
-// Throws std::out_of_range at an expert id that is none.
+// A choice that is none adds nothing, whatever its gate weight. Throws std::out_of_range at another id that is none.
 void moe(const Execution& execution, const MoeArgs& args);
 
 // The two halves of it. First each expert's output for its tokens, [tokens, num_active, hidden]; where an id is -1, out
 // is left alone. Throws std::out_of_range at another id that is none.
 void expert_outputs(const Execution& execution, const ExpertsArgs& args, float* out);
 
-// Then out[t] = sum over k of gate_weights[t, k] * outputs[t, k], in the order of k.
-void weighted_sum(const Execution& execution, const float* outputs, const float* gate_weights, int64_t tokens,
-                  int64_t num_active, int64_t hidden, void* out, DType out_dtype);
+// Then out[t] = sum over k of gate_weights[t, k] * outputs[t, k], in the order of k, but for those whose id is -1.
+void weighted_sum(const Execution& execution, const float* outputs, const int64_t* expert_ids,
+                  const float* gate_weights, int64_t tokens, int64_t num_active, int64_t hidden, void* out,
+                  DType out_dtype);
 
 }  // namespace amalgam

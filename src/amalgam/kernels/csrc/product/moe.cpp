@@ -5,7 +5,6 @@
 // A pair's place in the sorted order is its slot. Every projection of every expert brings its own format. Where the
 // experts of a layer lie on several devices, each device does all but the sum for its own, and one of them adds.
 #include <cstring>
-#include <numeric>
 #include <stdexcept>
 #include <string>
 
@@ -19,7 +18,7 @@ namespace {
 constexpr int64_t kItemsPerThread = 12;
 constexpr int64_t kElementsPerSum = 1 << 13, kMinColumns = 256;  // of one item of the weighted sum
 constexpr int64_t kElementsPerCopy = 1 << 14;
-constexpr int64_t kNoExpert = -1;         // an id whose expert lies elsewhere
+constexpr int64_t kNoExpert = -1;         // an id: no choice, or an expert that lies elsewhere
 constexpr int64_t kRowsPerPanelRead = 8;  // rows whose arithmetic takes about as long as reading the panel
 
 struct Active {
@@ -35,13 +34,13 @@ struct Routing {
     int64_t num_slots = 0;
 };
 
-Routing sort_by_expert(const ExpertsArgs& args, bool may_lack, Workspace& workspace) {
+Routing sort_by_expert(const ExpertsArgs& args, Workspace& workspace) {
     const int64_t pairs = args.tokens * args.num_active, num_experts = static_cast<int64_t>(args.experts->size());
     Routing routing{{}, workspace.take<int32_t>(pairs), workspace.take<int32_t>(pairs)};
     std::vector<int64_t> next(static_cast<size_t>(num_experts) + 1, 0);
     for (int64_t i = 0; i < pairs; ++i) {
         const int64_t expert = args.expert_ids[i];
-        if (may_lack && expert == kNoExpert) continue;
+        if (expert == kNoExpert) continue;
         if (expert < 0 || expert >= num_experts) {
             throw std::out_of_range("expert " + std::to_string(expert) + " of " + std::to_string(num_experts));
         }
@@ -207,9 +206,8 @@ void add_up(const Execution& execution, const CombineArgs& args, int64_t tokens)
 
 void moe(const Execution& execution, const MoeArgs& args) {
     Workspace workspace;
-    const Routing routing = sort_by_expert(args, false, workspace);
-    if (routing.active.empty()) return;
-    const float* parts = outputs_of(execution, args, routing, workspace);
+    const Routing routing = sort_by_expert(args, workspace);
+    const float* parts = routing.active.empty() ? nullptr : outputs_of(execution, args, routing, workspace);
     const int64_t hidden = args.experts->front().gate->matrix().columns;
     add_up(execution, {parts, routing.slots, args.gate_weights, args.num_active, hidden, args.out, args.x_dtype, 0, 0},
            args.tokens);
@@ -217,7 +215,7 @@ void moe(const Execution& execution, const MoeArgs& args) {
 
 void expert_outputs(const Execution& execution, const ExpertsArgs& args, float* out) {
     Workspace workspace;
-    const Routing routing = sort_by_expert(args, true, workspace);
+    const Routing routing = sort_by_expert(args, workspace);
     if (routing.active.empty()) return;
     const float* parts = outputs_of(execution, args, routing, workspace);
     const int64_t hidden = args.experts->front().gate->matrix().columns, pairs = args.tokens * args.num_active;
@@ -231,11 +229,14 @@ void expert_outputs(const Execution& execution, const ExpertsArgs& args, float* 
         });
 }
 
-void weighted_sum(const Execution& execution, const float* outputs, const float* gate_weights, int64_t tokens,
-                  int64_t num_active, int64_t hidden, void* out, DType out_dtype) {
+void weighted_sum(const Execution& execution, const float* outputs, const int64_t* expert_ids,
+                  const float* gate_weights, int64_t tokens, int64_t num_active, int64_t hidden, void* out,
+                  DType out_dtype) {
     Workspace workspace;
     auto* slots = workspace.take<int32_t>(tokens * num_active);
-    std::iota(slots, slots + tokens * num_active, 0);
+    for (int64_t i = 0; i < tokens * num_active; ++i) {
+        slots[i] = expert_ids[i] == kNoExpert ? -1 : static_cast<int32_t>(i);
+    }
     add_up(execution, {outputs, slots, gate_weights, num_active, hidden, out, out_dtype, 0, 0}, tokens);
 }
 
