@@ -76,11 +76,13 @@ def test_one_header_is_an_instruction_set_and_one_a_format(tmp_path: Path) -> No
     table = dict(map(changed, blocks("diff")))["src/amalgam/kernels/csrc/formats/table.h"]
     (tree / "formats" / "table.h").write_text(table, encoding="utf-8")
     shutil.copy(Path(__file__).with_name("new_isa.cpp"), tree)
-    units = [(source, "portable") for source in (*BASELINE, "new_isa.cpp", "isa/products.cpp")]
-    units.append(("isa/products.cpp", "toy"))
+    units = [(source, "portable", 0) for source in (*BASELINE, "new_isa.cpp")]
+    for isa in ("portable", "toy"):
+        units += [("isa/products.cpp", isa, 0), *(("isa/formats.cpp", isa, part) for part in range(3))]
     objects = [str(tmp_path / f"{number}.o") for number in range(len(units))]
-    for (source, isa), out in zip(units, objects, strict=True):
-        flags = ["-std=c++17", "-O0", "-ffp-contract=off", f"-I{tree}", f"-DAMALGAM_ISA={isa}"]
+    for (source, isa, part), out in zip(units, objects, strict=True):
+        definitions = (f"-DAMALGAM_ISA={isa}", f"-DAMALGAM_PART={part}")
+        flags = ["-std=c++17", "-O0", "-ffp-contract=off", f"-I{tree}", *definitions]
         subprocess.run([str(COMPILER), *flags, "-c", str(tree / source), "-o", out], check=True)
     program = str(tmp_path / "main")
     subprocess.run([str(COMPILER), *objects, "-o", program, "-pthread"], check=True)

@@ -1,4 +1,4 @@
-// Everything but attention, compiled for one instruction set.
+// Products, norms and what else is done with activations, compiled for one instruction set.
 #include "isa/isa.h"
 #include "product/activations.h"
 #include "product/norms.h"

@@ -9,8 +9,8 @@
 #include <cmath>
 
 #include "product/elementwise.h"
+#include "product/format_kernels.h"
 #include "product/sums.h"
-#include "product/tiles.h"
 #include "product/unit.h"
 
 namespace amalgam {

@@ -6,9 +6,11 @@
 #include "product/matrix.h"
 
 namespace amalgam {
-namespace {
 
 constexpr int kMaxTileRows = 16;
+
+// What translation units of one instruction set share.
+inline namespace AMALGAM_ISA {
 
 // Chunks [first_chunk, end_chunk) of a panel.
 struct Run {
@@ -36,6 +38,21 @@ struct Run {
         return left < chunk ? left : chunk;
     }
 };
+
+// Rows of activations, each at the first input of the run; chunk scales and sums at the first chunk.
+struct TileRows {
+    const uint8_t* values[kMaxTileRows];
+    const float* scale[kMaxTileRows];
+    const int32_t* sum[kMaxTileRows];
+    const int16_t* part_sums[kMaxTileRows];
+};
+
+// y [rows, 16] += rows times run.
+using TileFunction = void (*)(const Run&, const TileRows&, float* y);
+
+}  // namespace AMALGAM_ISA
+
+namespace {
 
 // Of one group, times the run's factor.
 inline Floats load_scale(const Run& run, int64_t group) {
@@ -96,17 +113,6 @@ struct GroupCursor {
         return true;
     }
 };
-
-// Rows of activations, each at the first input of the run; chunk scales and sums at the first chunk.
-struct TileRows {
-    const uint8_t* values[kMaxTileRows];
-    const float* scale[kMaxTileRows];
-    const int32_t* sum[kMaxTileRows];
-    const int16_t* part_sums[kMaxTileRows];
-};
-
-// y [rows, 16] += rows times run.
-using TileFunction = void (*)(const Run&, const TileRows&, float* y);
 
 // The seam for tile functions of an instruction set's own, for M rows and lines of format F, and the most rows of a
 // tile of F. Null and 0 are the vector loops of tiles.h, with up to kTileRows rows; the header of an instruction set

@@ -1,4 +1,4 @@
-// The vector loops that multiply a tile, and the table of what products need to know of each format.
+// The vector loops that multiply a tile, and which of them a format has.
 //
 // Order of accumulation of every output element: within a chunk from zero, inputs in order (bfloat16 pairs in kPairSums
 // accumulators, in turn); then the chunk's sum, times its scale, is added to the total, chunks in order. Sums of int8
@@ -7,6 +7,7 @@
 
 #include "formats/table.h"
 #include "product/codes_tile.h"
+#include "product/format_kernels.h"
 #include "product/kernels.h"
 #include "product/tile.h"
 
@@ -202,19 +203,6 @@ constexpr TileFunction tile_function() {
     }
 }
 
-// What products in this instruction set need to know of a format.
-struct FormatKernels {
-    Operand operand;
-    int bytes_per_input;
-    float scale_factor;
-    int64_t direct_rows, tile_rows;
-    void (*expand_floats)(const Matrix&, int64_t panel, int64_t first, int64_t end, float* out);
-    void (*expand_pairs)(const Matrix&, int64_t panel, int64_t first, int64_t end, uint8_t* out);
-    void (*add_rest)(const Matrix&, int64_t panel, const Activations&, int64_t first_row, int64_t rows,
-                     float (*sums)[kPanelRows]);  // or null
-    TileFunction tiles[kMaxTileRows];             // by number of rows, from 1 on
-};
-
 template <class F, int M>
 constexpr void add_tiles(FormatKernels& kernels) {
     if constexpr (M > 0) {
@@ -233,45 +221,6 @@ constexpr FormatKernels format_kernels() {
     if constexpr (F::kHasRest) kernels.add_rest = F::add_rest;
     if constexpr (F::kDirectRows > 0) add_tiles<F, kRows>(kernels);
     return kernels;
-}
-
-template <class List>
-struct FormatTable;
-
-template <class... F>
-struct FormatTable<FormatList<F...>> {
-    static constexpr FormatKernels kKernels[] = {format_kernels<F>()...};
-};
-
-inline const FormatKernels& kernels_of(Format format) {
-    return FormatTable<Formats>::kKernels[static_cast<int>(format)];
-}
-
-inline Run whole_panel(const Matrix& w, const FormatKernels& format, Operand operand, int64_t panel) {
-    Run run{};
-    run.chunk = accumulation_chunk(w, operand);
-    run.padded_columns = w.padded_columns();
-    run.end_chunk = (run.padded_columns + run.chunk - 1) / run.chunk;
-    const bool is_scaled = operand == Operand::kFloat32 || (operand == Operand::kBfloat16 && w.is_scaled_by_value());
-    run.chunks_per_group = w.num_groups > 1 && !is_scaled ? w.group / run.chunk : run.end_chunk;
-    run.factor = 1.0f;
-    run.lines = w.panel(panel);
-    run.weight = &w;
-    run.panel = panel;
-    if (w.scale != nullptr && !is_scaled) {
-        run.scale = advance(w.scale, w.scale_dtype, panel * w.num_groups * w.scale_lanes);
-        run.scale_dtype = w.scale_dtype;
-        run.scale_lanes = w.scale_lanes;
-        run.factor = format.scale_factor * w.factor / w.divisor;
-        if (operand == Operand::kInt8) run.factor *= w.table_unit;
-    }
-    if (w.offset != nullptr && operand == Operand::kInt8) {
-        run.offset = advance(w.offset, w.scale_dtype, panel * w.num_groups * kPanelRows);
-        run.offset_kind = w.offset_kind;
-    }
-    if (w.parts != nullptr) run.parts = w.parts + panel * w.num_pairs() * w.pair_bytes;
-    if (w.zero != nullptr) run.zero = w.zero + panel * w.num_groups * kPanelRows;
-    return run;
 }
 
 }  // namespace

@@ -24,8 +24,8 @@
 #include <type_traits>
 #include <vector>
 
+#include "product/format_kernels.h"
 #include "product/sums.h"
-#include "product/tiles.h"
 
 namespace amalgam {
 namespace {
