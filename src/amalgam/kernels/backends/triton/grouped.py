@@ -95,6 +95,15 @@ def activated(
     return first * (up + OFFSET)
 
 
+@triton.jit
+def _own_tile(tiles, num_tiles, outputs, LAUNCH: tl.constexpr, TILE_ROWS: tl.constexpr, TILE_OUTPUTS: tl.constexpr):
+    """Of one program: its expert, places in the order and which are the expert's, outputs and which there are."""
+    tile = tiles + (LAUNCH * num_tiles + tl.program_id(0)) * 3
+    place = tl.load(tile + 1) + tl.arange(0, TILE_ROWS)
+    output = tl.program_id(1) * TILE_OUTPUTS + tl.arange(0, TILE_OUTPUTS)
+    return tl.load(tile), place, place < tl.load(tile + 2), output, output < outputs
+
+
 @triton.jit(do_not_specialize=["num_tiles"])
 def up_kernel(
     x,  # [tokens, in], with a stride
@@ -124,13 +133,8 @@ def up_kernel(
     """Gate and up of a launch's experts, joined. Grid: (tiles that there could be, tiles of outputs)."""
     if tl.program_id(0) >= tl.load(counts + LAUNCH):
         return
-    tile = tiles + (LAUNCH * num_tiles + tl.program_id(0)) * 3
-    expert = tl.load(tile)
-    place = tl.load(tile + 1) + tl.arange(0, TILE_ROWS)
-    is_row = place < tl.load(tile + 2)
+    expert, place, is_row, output, is_output = _own_tile(tiles, num_tiles, outputs, LAUNCH, TILE_ROWS, TILE_OUTPUTS)
     row = tl.load(order + place, mask=is_row, other=0) // CHOICES
-    output = tl.program_id(1) * TILE_OUTPUTS + tl.arange(0, TILE_OUTPUTS)
-    is_output = output < outputs
     gate_parts = parts_of(table + _GATE * NUM, expert, NUM)
     up_parts = parts_of(table + _UP * NUM, expert, NUM)
     gate = tl.zeros((TILE_OUTPUTS, TILE_ROWS), tl.float32)
@@ -167,12 +171,7 @@ def down_kernel(
     """Down of a launch's experts. Grid: (tiles that there could be, tiles of outputs)."""
     if tl.program_id(0) >= tl.load(counts + LAUNCH):
         return
-    tile = tiles + (LAUNCH * num_tiles + tl.program_id(0)) * 3
-    expert = tl.load(tile)
-    place = tl.load(tile + 1) + tl.arange(0, TILE_ROWS)
-    is_row = place < tl.load(tile + 2)
-    output = tl.program_id(1) * TILE_OUTPUTS + tl.arange(0, TILE_OUTPUTS)
-    is_output = output < outputs
+    expert, place, is_row, output, is_output = _own_tile(tiles, num_tiles, outputs, LAUNCH, TILE_ROWS, TILE_OUTPUTS)
     parts = parts_of(table + _DOWN * NUM, expert, NUM)
     sums = tl.zeros((TILE_OUTPUTS, TILE_ROWS), tl.float32)
     for first in range(0, KIND.inputs, KIND.step):
