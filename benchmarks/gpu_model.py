@@ -44,7 +44,8 @@ from torch.utils._pytree import tree_leaves
 
 from amalgam.cli.console import out
 from amalgam.experts.saved.files import load
-from amalgam.kernels.backends.reference.interpreter import Frame, execute
+from amalgam.kernels.backends.reference.execution import execute
+from amalgam.kernels.backends.reference.frame import Frame
 from amalgam.kernels.layouts import E2M1, LAYOUTS, dense
 from amalgam.kernels.packed import ExpertTable, PackedWeight
 from amalgam.kernels.program import (

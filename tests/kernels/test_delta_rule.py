@@ -8,7 +8,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from amalgam.kernels.backends.reference.interpreter import Frame, execute
+from amalgam.kernels.backends.reference.execution import execute
+from amalgam.kernels.backends.reference.frame import Frame
 from amalgam.kernels.program import Convolve, DeltaRule, Rows, ScaleBySigmoid, Split
 from amalgam.kernels.step import LayerState, SequenceState, StepContext, StepSequence
 

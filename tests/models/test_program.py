@@ -25,7 +25,8 @@ from amalgam.kernels.backends.cpu.products import prepare_experts
 from amalgam.kernels.backends.cpu.program import CpuProgram
 from amalgam.kernels.backends.cpu.workspace import Workspace
 from amalgam.kernels.backends.reference import interpreter
-from amalgam.kernels.backends.reference.interpreter import Frame, ReferenceBackend
+from amalgam.kernels.backends.reference.frame import Frame
+from amalgam.kernels.backends.reference.interpreter import ReferenceBackend
 from amalgam.kernels.layouts import SCALED8, dense
 from amalgam.kernels.packed import PackedWeight
 from amalgam.kernels.program import (

@@ -8,7 +8,8 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file
 
-from amalgam.kernels.backends.reference.interpreter import Frame, execute
+from amalgam.kernels.backends.reference.execution import execute
+from amalgam.kernels.backends.reference.frame import Frame
 from amalgam.kernels.layouts import dense
 from amalgam.kernels.program import Rows
 from amalgam.kernels.step import LayerCache, StepContext

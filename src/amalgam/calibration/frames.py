@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from amalgam.kernels.backends.base import Tables
-from amalgam.kernels.backends.reference.interpreter import Frame
+from amalgam.kernels.backends.reference.frame import Frame
 from amalgam.kernels.backends.reference.operators import Operators
 from amalgam.kernels.packed import PackedWeight
 from amalgam.kernels.step import LayerCache, LayerState, SequenceState, StepContext, StepSequence

@@ -20,7 +20,9 @@ from torch import Tensor
 
 from amalgam.calibration.frames import frame_of, in_chunks, linear
 from amalgam.calibration.inputs import Inputs
-from amalgam.kernels.backends.reference.interpreter import Frame, execute, normed_latent
+from amalgam.kernels.backends.reference.execution import execute
+from amalgam.kernels.backends.reference.frame import Frame
+from amalgam.kernels.backends.reference.latent import normed_latent
 from amalgam.kernels.backends.reference.operators import gated
 from amalgam.kernels.packed import Expert, PackedWeight
 from amalgam.kernels.program import AttendLatent, Emitter, Instruction, Mix, Project, Route, Rows, rows_of

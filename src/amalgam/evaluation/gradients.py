@@ -25,14 +25,9 @@ from amalgam.calibration.frames import frame_of, in_chunks, linear
 from amalgam.calibration.stream import Stream
 from amalgam.errors import CheckpointError, UnsupportedError
 from amalgam.kernels.backends import Tables
-from amalgam.kernels.backends.reference.interpreter import (
-    Frame,
-    attention_of,
-    execute,
-    latent_query,
-    normed_latent,
-    shared_key,
-)
+from amalgam.kernels.backends.reference.execution import execute
+from amalgam.kernels.backends.reference.frame import Frame
+from amalgam.kernels.backends.reference.latent import attention_of, latent_query, normed_latent, shared_key
 from amalgam.kernels.backends.reference.operators import changed_logits, gated
 from amalgam.kernels.packed import PackedWeight
 from amalgam.kernels.program import AttendLatent, Emitter, Instruction, Mix, Project

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import chain
-from typing import NamedTuple, Protocol
+from typing import NamedTuple, Protocol, Required, TypedDict
 
 import torch
 from torch import Tensor
@@ -101,6 +101,23 @@ class LayerState(NamedTuple):
     recurrent: Tensor
 
 
+class AttentionOptions(TypedDict, total=False):
+    """How scores become weights; what is left out is None.
+
+    Attributes:
+        scale: of the scores.
+        window: how many positions a token sees, itself included; None: all before it.
+        sinks: `[heads]`, logits that take part in the softmax without a value.
+        chunk, softcap: see `Attend`.
+    """
+
+    scale: Required[float]
+    window: int | None
+    sinks: Tensor | None
+    softcap: float | None
+    chunk: int | None
+
+
 @dataclass(frozen=True, eq=False)
 class CachedAttention:
     """What one layer's attention works with beside its queries, keys and values.
@@ -108,12 +125,10 @@ class CachedAttention:
     Attributes:
         cache: the layer's.
         slot_ids: int64 `[tokens]`, where each token's key and value go.
-        scale: of the scores.
         norms: weights `[d]` of the RMSNorm over every query head and every key head; None: no norm.
         rotary: cos and sin, float32 `[tokens, r / 2]`; None: no rotation.
-        window: how many positions a token sees, itself included; None: all before it.
-        sinks: `[heads]`, logits that take part in the softmax without a value.
-        chunk, softcap, rounds_last, is_interleaved, norms_last: see `Attend`.
+        rounds_last, is_interleaved, norms_last: see `Attend`.
+        scale, window, sinks, softcap, chunk: see `AttentionOptions`.
     """
 
     cache: LayerCache
@@ -130,6 +145,16 @@ class CachedAttention:
     is_interleaved: bool = False
     norms_last: bool = False
     chunk: int | None = None
+
+    @property
+    def options(self) -> AttentionOptions:
+        return {
+            "scale": self.scale,
+            "window": self.window,
+            "sinks": self.sinks,
+            "softcap": self.softcap,
+            "chunk": self.chunk,
+        }
 
 
 class Cache(Protocol):

@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from amalgam.calibration.frames import WholeProducts, linear
-from amalgam.kernels.backends.reference.interpreter import Frame
+from amalgam.kernels.backends.reference.frame import Frame
 from amalgam.kernels.backends.reference.operators import convolve
 from amalgam.kernels.packed import SWIGLU, Activation, ExpertTable, PackedWeight
 from amalgam.kernels.program import Rows

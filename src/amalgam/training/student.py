@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from amalgam.calibration.frames import linear
-from amalgam.kernels.backends.reference.interpreter import execute
+from amalgam.kernels.backends.reference.execution import execute
 from amalgam.kernels.layouts import dense
 from amalgam.kernels.packed import PackedWeight
 from amalgam.kernels.program import Program

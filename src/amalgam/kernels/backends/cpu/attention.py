@@ -13,14 +13,14 @@ rounded. Otherwise everything is float32.
 from __future__ import annotations
 
 import functools
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Unpack
 from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
 
 from amalgam.kernels.backends.cpu import extension
-from amalgam.kernels.step import AttentionBatch, CachedAttention, LayerCache
+from amalgam.kernels.step import AttentionBatch, AttentionOptions, CachedAttention, LayerCache
 
 if TYPE_CHECKING:
     from amalgam import _native
@@ -42,36 +42,27 @@ def supports_paged_attention(query: Tensor, cache: LayerCache, batch: AttentionB
     )
 
 
-def paged_attention(
-    query: Tensor,
-    cache: LayerCache,
-    batch: AttentionBatch,
-    *,
-    scale: float,
-    window: int | None = None,
-    sinks: Tensor | None = None,
-    softcap: float | None = None,
-    chunk: int | None = None,
-) -> Tensor:
+def paged_attention(query: Tensor, cache: LayerCache, batch: AttentionBatch, **how: Unpack[AttentionOptions]) -> Tensor:
     """Causal attention over a paged cache; see `operators.paged_attention`.
 
-    query: `[tokens, heads, d]`, float32 or bfloat16. sinks: `[heads]`. Returns `[tokens, heads, v]` in query's type.
+    query: `[tokens, heads, d]`, float32 or bfloat16. Returns `[tokens, heads, v]` in query's type.
 
     Raises:
         ValueError: shapes, types or block tables that do not fit together.
     """
     out = torch.empty((*query.shape[:2], cache.values.shape[-1]), dtype=query.dtype)
+    sinks = how.get("sinks")
     table(extension.isa()).attend(
         plan_of(batch),
         _dense_rows(query),
         (_dense_rows(cache.keys), cache.key_scales),
         (_dense_rows(cache.values), cache.value_scales),
         out,
-        scale,
-        window,
+        how["scale"],
+        how.get("window"),
         None if sinks is None else sinks.to("cpu", torch.float32).contiguous(),
-        softcap,
-        chunk,
+        how.get("softcap"),
+        how.get("chunk"),
         torch.get_num_threads(),
     )
     return out

@@ -16,7 +16,7 @@ from amalgam.kernels.backends.cpu import extension, panels
 from amalgam.kernels.backends.cpu.elementwise import numbers_of
 from amalgam.kernels.backends.cpu.panels import PanelWeight
 from amalgam.kernels.backends.cpu.products import PanelExperts, matrix_of
-from amalgam.kernels.backends.reference.interpreter import latent_matrices
+from amalgam.kernels.backends.reference.latent import latent_matrices
 from amalgam.kernels.layouts import DENSE
 from amalgam.kernels.packed import PackedWeight
 from amalgam.kernels.program import (

@@ -7,6 +7,7 @@ Semantics, shapes and types of every operator are those of `amalgam.kernels.back
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Unpack
 
 import torch
 from torch import Tensor
@@ -29,7 +30,7 @@ from amalgam.kernels.program import (
     Route,
     SwiGlu,
 )
-from amalgam.kernels.step import AttentionBatch, CachedAttention, LayerCache
+from amalgam.kernels.step import AttentionBatch, AttentionOptions, CachedAttention, LayerCache
 
 
 class CpuOperators(Operators):
@@ -124,19 +125,11 @@ class CpuOperators(Operators):
 
     @staticmethod
     def paged_attention(
-        query: Tensor,
-        cache: LayerCache,
-        batch: AttentionBatch,
-        *,
-        scale: float,
-        window: int | None = None,
-        sinks: Tensor | None = None,
-        softcap: float | None = None,
-        chunk: int | None = None,
+        query: Tensor, cache: LayerCache, batch: AttentionBatch, **how: Unpack[AttentionOptions]
     ) -> Tensor:
         is_compiled = attention.supports_paged_attention(query, cache, batch)
         attend = attention.paged_attention if is_compiled else Operators.paged_attention
-        return attend(query, cache, batch, scale=scale, window=window, sinks=sinks, softcap=softcap, chunk=chunk)
+        return attend(query, cache, batch, **how)
 
     @staticmethod
     def index_scores(query: Tensor, weights: Tensor, cache: LayerCache, batch: AttentionBatch) -> Tensor:

@@ -22,7 +22,8 @@ from amalgam.kernels.backends.cpu import attention, extension
 from amalgam.kernels.backends.cpu.encoders import Encoder
 from amalgam.kernels.backends.cpu.operators import CpuOperators, who_runs
 from amalgam.kernels.backends.cpu.workspace import Workspace, new_routing
-from amalgam.kernels.backends.reference.interpreter import Frame, execute, logits_of
+from amalgam.kernels.backends.reference.execution import execute, logits_of
+from amalgam.kernels.backends.reference.frame import Frame
 from amalgam.kernels.chosen import chooses
 from amalgam.kernels.program import Choose, Instruction, Mix, Rows, WeighInput
 from amalgam.kernels.step import StepContext

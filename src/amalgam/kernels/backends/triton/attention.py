@@ -22,7 +22,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Unpack
 
 import torch
 from torch import Tensor
@@ -32,7 +32,7 @@ from amalgam.kernels.backends.triton.batches import tiles_of
 from amalgam.kernels.backends.triton.launching import FLOAT_TYPES, on_device_of, power_of_two, runs_on
 from amalgam.kernels.backends.triton.numbers import OPTIONS
 from amalgam.kernels.backends.triton.variants import Variant
-from amalgam.kernels.step import AttentionBatch, LayerCache
+from amalgam.kernels.step import AttentionBatch, AttentionOptions, LayerCache
 
 CODE_TYPES = (torch.int8, torch.float8_e4m3fn)
 _WIDEST_VALUE = 512  # of a head: what a program keeps in registers
@@ -110,17 +110,7 @@ class Shape:
         return cls(heads, kv_heads, dim, value_dim, block_q, block_h, block_n, first, rest, splits, warps)
 
 
-def paged_attention(
-    query: Tensor,
-    cache: LayerCache,
-    batch: AttentionBatch,
-    *,
-    scale: float,
-    window: int | None = None,
-    sinks: Tensor | None = None,
-    softcap: float | None = None,
-    chunk: int | None = None,
-) -> Tensor:
+def paged_attention(query: Tensor, cache: LayerCache, batch: AttentionBatch, **how: Unpack[AttentionOptions]) -> Tensor:
     """See `reference.operators.paged_attention`; only for what `supports` takes."""
     (tokens, heads, dim), kv_heads, value_dim = query.shape, cache.keys.shape[1], cache.values.shape[2]
     out = query.new_empty(tokens, heads, value_dim)
@@ -131,7 +121,7 @@ def paged_attention(
         shape = Shape.of(heads, kv_heads, dim, value_dim, kind.itemsize, is_single=is_single)
         for tiles in found.single if is_single else found.prompts(shape.block_q):
             with on_device_of(query):
-                _launch(query, cache, batch, tiles, out, shape, scale, window, sinks, softcap, chunk)
+                _launch(query, cache, batch, tiles, out, shape, how)
     return out
 
 
@@ -142,12 +132,9 @@ def _launch(
     tiles: Tensor,
     out: Tensor,
     shape: Shape,
-    scale: float,
-    window: int | None,
-    sinks: Tensor | None,
-    softcap: float | None,
-    chunk: int | None,
+    how: AttentionOptions,
 ) -> None:
+    window, sinks, softcap, chunk = how.get("window"), how.get("sinks"), how.get("softcap"), how.get("chunk")
     num_tiles = tiles.shape[1]
     is_split = shape.splits > 1
     # As many as the longest row of the table can need: the others would find no keys.
@@ -175,7 +162,7 @@ def _launch(
         query.stride(0),
         *cache.keys.stride()[:2],
         *cache.values.stride()[:2],
-        scale,
+        how["scale"],
         1.0 if softcap is None else softcap,
         *limits,
         **constants_of(

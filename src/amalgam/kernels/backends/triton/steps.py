@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import MutableMapping
 from dataclasses import replace
+from typing import Unpack
 
 import torch
 from torch import Tensor
@@ -35,7 +36,7 @@ from amalgam.kernels.program import (
     ScanStates,
     SwiGlu,
 )
-from amalgam.kernels.step import AttentionBatch, CachedAttention, LayerCache
+from amalgam.kernels.step import AttentionBatch, AttentionOptions, CachedAttention, LayerCache
 
 
 class StepOperators(Operators):
@@ -98,37 +99,20 @@ class StepOperators(Operators):
 
     @staticmethod
     def paged_attention(
-        query: Tensor,
-        cache: LayerCache,
-        batch: AttentionBatch,
-        *,
-        scale: float,
-        window: int | None = None,
-        sinks: Tensor | None = None,
-        softcap: float | None = None,
-        chunk: int | None = None,
+        query: Tensor, cache: LayerCache, batch: AttentionBatch, **how: Unpack[AttentionOptions]
     ) -> Tensor:
         is_taken = attention.supports(query, cache, batch)
         if not is_taken and isinstance(batch, TokenBatch):  # which says to torch that there are no sequences
             raise RuntimeError(f"no kernel attends over a cache of {cache.keys.dtype}")
         attend = attention.paged_attention if is_taken else Operators.paged_attention
-        return attend(query, cache, batch, scale=scale, window=window, sinks=sinks, softcap=softcap, chunk=chunk)
+        return attend(query, cache, batch, **how)
 
     @classmethod
     def cached_attention(cls, query: Tensor, key: Tensor, value: Tensor, how: CachedAttention) -> Tensor:
         if not (query.dtype is key.dtype is value.dtype and heads.supports(how.cache, query, how.slot_ids)):
             return super().cached_attention(query, key, value, how)
-        attended = cls.paged_attention(
-            heads.place(query, key, value, how),
-            how.cache,
-            how.batch,
-            scale=how.scale,
-            window=how.window,
-            sinks=how.sinks,
-            softcap=how.softcap,
-            chunk=how.chunk,
-        )
-        return attended.flatten(1)
+        placed = heads.place(query, key, value, how)
+        return cls.paged_attention(placed, how.cache, how.batch, **how.options).flatten(1)
 
 
 def has_kernel(instruction: Instruction, dtype: torch.dtype) -> bool:
