@@ -12,6 +12,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import replace
 
 from amalgam.formats.declared import keys as quant_keys
+from amalgam.formats.declared.compressed_tensors import ARGUMENTS, compressed_tensors, config_group
 from amalgam.formats.declared.reader import Reader, regex, wildcards, within
 from amalgam.formats.declared.values import Codebooks, Declaration, Declared, Matches
 
@@ -26,132 +27,6 @@ def _left_alone(reader: Reader, base: Declared, *keys: str) -> tuple[tuple[Match
     if wild := [entry for entry in entries if "*" in entry]:
         rules.append((wildcards(wild), spared))
     return tuple(rules)
-
-
-def _compressed_tensors(reader: Reader, method: str) -> Declaration:
-    """https://github.com/vllm-project/compressed-tensors: config_groups with targets, and an ignore list."""
-    reader.pass_over({"version"})
-    if reader.values.get("transform_config") == {"config_groups": {}}:
-        reader.pass_over({"transform_config"})
-    _refuse_sparsity(reader)
-    if (flavor := reader.get("fp8_dtype_flavor")) not in (None, "float8_e4m3fn", "float8_e5m2"):
-        reader.unsupported(
-            "fp8_dtype_flavor", flavor, "float8_e4m3fn, float8_e5m2; the same bits mean half as much in others"
-        )
-    layout = reader.text("format", default="dense")
-    default = Declared(method, reader.where)
-    named: dict[str, Declared] = {}
-    rules: list[tuple[Matches, Declared]] = []
-    by_class: dict[str, Declared] = {}
-    for group in reader.objects("config_groups").values():
-        weights, targets, layout_of_group = _group(group, layout)
-        if weights is None:
-            continue
-        declared = _quantization_args(weights, method, layout_of_group, reader)
-        patterns = [target[3:] for target in targets if target.startswith("re:")]
-        if patterns:
-            rules.append((regex(group, "targets", patterns), declared))
-        for target in (target for target in targets if not target.startswith("re:")):
-            if "." in target or target == "lm_head":
-                named[target] = replace(declared, is_quantized=True)
-            else:
-                by_class[target] = declared
-    if by_class:
-        default = by_class.get("Linear") or next(iter(by_class.values()))
-        if len({replace(declared, where="") for declared in by_class.values()}) > 1 and "Linear" not in by_class:
-            reader.unsupported("config_groups", list(by_class), "one class of modules, or Linear among them")
-    spared = replace(default, is_quantized=False)
-    ignored = reader.names("ignore")
-    if patterns := [entry[3:] for entry in ignored if entry.startswith("re:")]:
-        rules.insert(0, (regex(reader, "ignore", patterns), spared))
-    is_ignored = rules[0][0] if patterns else (lambda module: False)
-    named = {name: declared for name, declared in named.items() if not is_ignored(name)}
-    named |= {entry: spared for entry in ignored if not entry.startswith("re:")}
-    return Declaration(default, named, tuple(rules))
-
-
-def _refuse_sparsity(reader: Reader) -> None:
-    sparsity = reader.object("sparsity_config", default=None)
-    if sparsity is not None:
-        if (kind := sparsity.get("format")) not in (None, "dense"):
-            sparsity.unsupported("format", kind, "dense")
-        # Of dense weights these describe where the zeros are.
-        sparsity.pass_over({"targets", "ignore", "global_sparsity", "sparsity_structure", "registry_requires_subclass"})
-    experts = reader.object("moe_sparsity_config", default=None)
-    if experts is not None:
-        if (kind := experts.get("method")) != "prune":
-            experts.unsupported("method", kind, "prune; experts that were replaced by constants are not served")
-        experts.pass_over({"num_experts"})  # the shapes of routers tell
-
-
-def _group(group: Reader, layout: str) -> tuple[Reader | None, list[str], str]:
-    """Of a config group what holds for its weights, its targets and its layout."""
-    for key in ("input_activations", "output_activations"):
-        arguments = group.object(key, default=None)
-        if arguments is not None:
-            arguments.pass_over(_CT_ARGUMENTS)
-    return group.object("weights", default=None), group.names("targets"), group.text("format", default=layout)
-
-
-# compressed-tensors' QuantizationArgs, which for activations say only how another engine rounds them.
-_CT_ARGUMENTS = frozenset(
-    {
-        *("num_bits", "type", "symmetric", "strategy", "group_size", "block_structure", "dynamic", "actorder"),
-        *("scale_dtype", "zp_dtype", "observer", "observer_kwargs"),
-    }
-)
-_CT_LAYOUTS = {
-    "dense": None,
-    "mixed-precision": None,
-    "naive-quantized": None,
-    "int-quantized": "int-quantized",
-    "float-quantized": "float-quantized",
-    "float-quantized-e5m2": "float-quantized",  # ours: compressed-tensors has no word for it
-    "pack-quantized": "pack-quantized",
-    "nvfp4-pack-quantized": "nvfp4-pack-quantized",
-    "mxfp4-pack-quantized": "mxfp4-pack-quantized",
-    "mxfp8-quantized": "mxfp8-quantized",
-}
-_CT_STRATEGIES = {"tensor": "tensor", "channel": "channel", "group": "group", "tensor_group": "group", "block": "block"}
-
-
-def _quantization_args(weights: Reader, method: str, layout: str, whole: Reader) -> Declared:
-    if layout not in _CT_LAYOUTS:
-        whole.unsupported("format", layout, ", ".join(sorted(_CT_LAYOUTS)))
-    group_size = weights.group_size("group_size")
-    strategy = weights.get("strategy")
-    if strategy is None:
-        strategy = "tensor" if group_size is None else "channel" if group_size == -1 else "group"
-    if strategy not in _CT_STRATEGIES:
-        weights.unsupported("strategy", strategy, ", ".join(_CT_STRATEGIES))
-    if weights.get("dynamic") not in (None, False):
-        weights.unsupported("dynamic", weights.get("dynamic"), "false for weights")
-    order = weights.get("actorder")
-    if order not in (None, False, True, "weight", "static", "group", "dynamic"):
-        weights.unsupported("actorder", order, "weight, static, group, dynamic")
-    return Declared(
-        method,
-        whole.where,
-        layout=_CT_LAYOUTS[layout],
-        bits=weights.int("num_bits", default=None, low=1),
-        number=weights.text("type", default="int"),
-        strategy=_CT_STRATEGIES[strategy],
-        group_size=group_size,
-        block=_pair(weights, "block_structure"),
-        is_symmetric=weights.bool("symmetric", default=None),
-        is_reordered=order in (True, "group", "dynamic"),
-    )
-
-
-def _pair(reader: Reader, key: str) -> tuple[int, int] | None:
-    value = reader.get(key)
-    if value is None:
-        return None
-    if isinstance(value, str) and re.fullmatch(r"\d{1,6}x\d{1,6}", value):
-        value = [int(part) for part in value.split("x")]
-    if not isinstance(value, list) or len(value) != 2 or not all(type(part) is int and part > 0 for part in value):
-        reader.refuse(key, value, "two positive integers")
-    return value[0], value[1]
 
 
 # One type under the names that tools give it.
@@ -179,7 +54,7 @@ def _fp8(reader: Reader, method: str) -> Declaration:
 
 def _fp8_settings(reader: Reader, base: Declared) -> Declared:
     """`base` with the blocks and the direction of scales that an object sets."""
-    block = _pair(reader, "weight_block_size")
+    block = reader.pair("weight_block_size")
     kind = reader.get("weight_scale_method")
     if kind not in (None, *_SCALE_METHODS):
         reader.unsupported("weight_scale_method", kind, ", ".join(_SCALE_METHODS))
@@ -277,13 +152,13 @@ def _modelopt(reader: Reader, method: str) -> Declaration:
 
 def _compare_group(group: Reader, default: Declared) -> None:
     """ModelOpt says in compressed-tensors' words what `quant_algo` and `quantized_layers` say: the same, that is."""
-    weights, _, _ = _group(group, "dense")
+    weights, _, _ = config_group(group, "dense")
     group.pass_over({"pre_quant_scale", "quant_algo"})
     if group.bool("has_zero_point", default=None):
         group.unsupported("has_zero_point", True, "false")
     if weights is None:
         return
-    weights.pass_over(_CT_ARGUMENTS)
+    weights.pass_over(ARGUMENTS)
     for key, declared in (("num_bits", default.bits), ("type", default.number)):
         value = weights.get(key)
         if None not in (value, declared) and value != declared:
@@ -472,7 +347,7 @@ METHODS: dict[str, Callable[[Reader, str], Declaration]] = {
     "auto-round": _auto_round,
     "awq": _awq,
     "bitsandbytes": _bitsandbytes,
-    "compressed-tensors": _compressed_tensors,
+    "compressed-tensors": compressed_tensors,
     "fbgemm_fp8": _fbgemm_fp8,
     "fp8": _fp8,
     "gptq": _gptq,

@@ -67,6 +67,17 @@ class Reader(Fields):
             self.refuse(keys[0], value, "a positive number, or -1 for whole rows")
         return value
 
+    def pair(self, key: str) -> tuple[int, int] | None:
+        """Two positive integers, `[128, 128]` or `128x128`; None if absent."""
+        value = self.get(key)
+        if value is None:
+            return None
+        if isinstance(value, str) and re.fullmatch(r"\d{1,6}x\d{1,6}", value):
+            value = [int(part) for part in value.split("x")]
+        if not isinstance(value, list) or len(value) != 2 or not all(type(part) is int and part > 0 for part in value):
+            self.refuse(key, value, "two positive integers")
+        return value[0], value[1]
+
     def names(self, *keys: str) -> list[str]:
         """Empty if absent."""
         return self.list(*keys, of=str, what="names", default=[])
