@@ -28,7 +28,7 @@ from amalgam.planning.problem import Problem, problem_of
 from amalgam.planning.proof import HAND, UNIFORM, Scale
 from amalgam.planning.recipes import cost_of, hand_recipes, random_plan, uniforms, usage_only
 from amalgam.planning.scores import scores
-from amalgam.planning.sensitivity import Sensitivities, SensitivityStudy
+from amalgam.planning.sensitivity import Sensitivities, SensitivityStudy, WeightErrors
 from amalgam.planning.use import use_of_set, use_of_texts
 from amalgam.planning.writing import rules_of, write_config
 from tests.errors import raises
@@ -174,6 +174,29 @@ def test_an_expert_that_no_token_reached_is_not_free(problem: Problem, sensitivi
     row = next(row for row, item in enumerate(problem.items) if item.name == name)
     found = losses(problem, changed, use_of_texts(problem, changed))
     assert found[row, 0] > found[row, 1] > found[row, 2] > 0
+
+
+def test_an_expert_with_small_gates_is_not_taken_to_matter_as_the_others_do(
+    problem: Problem, sensitivities: Sensitivities
+) -> None:
+    """Where a token's divergence goes by the square of its gate, what is expected of an expert does too."""
+    tokens = 1000
+
+    def errors(of: WeightErrors, gate: float) -> WeightErrors:
+        options = {
+            source: dataclasses.replace(option, divergence=option.rounding_error * gate**2)
+            for source, option in of.options.items()
+        }
+        return dataclasses.replace(of, num_tokens=tokens, gate_mass=gate * tokens, options=options)
+
+    def loss(gate: float) -> float:
+        gates = {item.name: gate if item.expert == 2 else 0.5 for item in problem.items if item.expert is not None}
+        weights = {name: errors(sensitivities.weights[name], of_it) for name, of_it in gates.items()}
+        changed = dataclasses.replace(sensitivities, weights={**sensitivities.weights, **weights})
+        row = next(row for row, item in enumerate(problem.items) if item.expert == 2)
+        return float(losses(problem, changed, use_of_texts(problem, changed))[row, 0])
+
+    assert loss(0.05) == pytest.approx(0.01 * loss(0.5), rel=0.05)
 
 
 def test_use_of_another_model_or_of_nothing_is_refused(loader: ModelLoader) -> None:

@@ -4,7 +4,8 @@ In: a problem, sensitivities, use. Out: losses `[items, options]` in nats a toke
 
 An expert's divergence was measured over the gate mass that the texts gave it; with other traffic it changes as the mass
 does. Of an expert that few tokens reached, the figures are mixed with what its rounding error would do on the mean of
-its layer, as if it had seen `_PRIOR_TOKENS` tokens of that.
+its layer, as if `_PRIOR_TOKENS` more tokens had reached it. A gate multiplies the expert's error, so a token's divergence
+goes by the square of its gate: an expert with small gates is not taken to matter as much as the others of its layer.
 """
 
 from __future__ import annotations
@@ -80,25 +81,26 @@ def _loss(
     if item.expert is None or item.layer is None:
         # What no gradient has seen is not free, but like the others.
         return error.divergence if found.num_tokens else usual.get(item.layer, 0.0) * error.rounding_error
-    prior = priors[item.layer, item.part]
     mean_mass, mean_gate = even[item.layer]
-    weight = _PRIOR_TOKENS * mean_gate
-    total = error.divergence * num_tokens + weight * prior * error.rounding_error
+    gate = (found.gate_mass + _PRIOR_TOKENS * mean_gate) / (found.num_tokens + _PRIOR_TOKENS)
+    prior = priors[item.layer, item.part] * error.rounding_error * gate**2
+    total = error.divergence * num_tokens + _PRIOR_TOKENS * prior
     mass = mean_mass if use is None else use.mass[item.layer, item.expert]
-    return total / (found.gate_mass + weight) * mass
+    return total / (found.gate_mass + _PRIOR_TOKENS * gate) * mass
 
 
 def _priors(problem: Problem, sensitivities: Sensitivities) -> dict[tuple[int | None, str], float]:
-    """Divergence per gate mass and rounding error, of a layer's experts together, for gate, up and down."""
+    """Divergence per square of a gate and rounding error, of a layer's experts together, for gate, up and down."""
     above: dict[tuple[int | None, str], float] = defaultdict(float)
     below: dict[tuple[int | None, str], float] = defaultdict(float)
     for item in problem.items:
         found = sensitivities.weights.get(item.name)
-        if found is None or item.expert is None:
+        if found is None or item.expert is None or not found.num_tokens:
             continue
+        squares = found.gate_mass**2 / found.num_tokens
         for error in found.options.values():
             above[item.layer, item.part] += error.divergence * sensitivities.num_tokens
-            below[item.layer, item.part] += found.gate_mass * error.rounding_error
+            below[item.layer, item.part] += squares * error.rounding_error
     return {key: value / below[key] if below[key] else 0.0 for key, value in above.items()}
 
 
