@@ -106,6 +106,12 @@ VARIANTS: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
     "granitemoe_hybrid_dense": ("granitemoe", {**HYBRID, "num_local_experts": 0, "mamba_n_groups": 2}, {}),
     "lfm2_biases": ("lfm2", {"conv_bias": True, "block_auto_adjust_ff_dim": False}, {}),
     "glm4_moe_lite_latent": ("glm4_moe_lite", {}, {"splits_latent": True}),
+    "deepseek_v32_chosen": ("deepseek_v32", {"index_topk": 16, "index_n_heads": 16}, {}),
+    "bailing_hybrid_layers": (
+        "bailing_hybrid",
+        {"num_hidden_layers": 4, "layer_types": ["linear_attention", "full_attention"] * 2, "kda_lower_bound": -2.5},
+        {},
+    ),
     "exaone_moe_full": ("exaone_moe", {"layer_types": ["full_attention"] * 3}, {}),
     "ernie4_5_moe_some": ("ernie4_5_moe", {"moe_layer_interval": 2, "num_hidden_layers": 4}, {}),
     "olmo3_factor": olmo3_scaled(1.3, gguf.GGUFWriter.add_rope_scaling_yarn_attn_factor),

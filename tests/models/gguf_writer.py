@@ -57,6 +57,9 @@ ARCHITECTURES = {
     "DeepseekV3ForCausalLM": "deepseek2",
     "Glm4MoeForCausalLM": "glm4moe",
     "GlmMoeDsaForCausalLM": "glm-dsa",
+    "DeepseekV32ForCausalLM": "deepseek32",
+    "Mistral4ForCausalLM": "mistral4",
+    "BailingHybridForCausalLM": "bailingmoe3",
     "GptOssForCausalLM": "gpt-oss",
     "GPT2LMHeadModel": "gpt2",
     "XverseForCausalLM": "xverse",
@@ -65,8 +68,21 @@ HAVE_WINDOWS = ("llama", "gpt-oss", "gemma2", "gemma3", "phi3", "olmo2", "starco
 HAVE_PAIRS = ("llama", "xverse", "smollm3", "mistral3", "granite", "granitemoe", "granitehybrid")
 HAVE_MOE_SIZES = (
     *("qwen2moe", "qwen3moe", "deepseek2", "glm-dsa", "glm4moe", "dots1", "exaone-moe", "ernie4_5-moe", "lfm2moe"),
+    *("deepseek32", "mistral4", "bailingmoe3"),
 )
+HAVE_LATENTS = ("deepseek2", "deepseek32", "glm-dsa", "mistral4", "bailingmoe3")
+SPLIT = ("deepseek32", "mistral4", "bailingmoe3")  # no file of these has keys and values in one piece
+# Not in the package, and whose tensors have the same names.
+ALIKE = {"deepseek32": "glm-dsa", "bailingmoe3": "kimi-linear"}
 KIND = gguf.GGMLQuantizationType
+# What transformers calls keys of Ling 3.
+BAILING_KEYS = {
+    "model_max_length": "max_position_embeddings",
+    "moe_renormalize": "norm_topk_prob",
+    "num_expert_group": "n_group",
+    "num_experts_per_token": "num_experts_per_tok",
+    "num_shared_experts": "n_shared_experts",
+}
 HYBRID = ("qwen3next", "qwen35", "qwen35moe")
 _EXPERT = re.compile(
     r"model\.layers\.(\d+)\.(?:mlp|block_sparse_moe|feed_forward)\.experts\.(\d+)\.(\w+)\.(weight|bias)"
@@ -88,6 +104,9 @@ def write_gguf(
     """Write the checkpoint in `folder` as `file`; matrices in `kind`, vectors and routers in float32."""
     config = json.loads((folder / "config.json").read_text())
     architecture = ARCHITECTURES[config["architectures"][0]]
+    if architecture == "bailingmoe3":
+        config = {BAILING_KEYS.get(key, key): value for key, value in config.items()}
+    splits_latent = splits_latent or architecture in SPLIT
     writer = gguf.GGUFWriter(file, architecture, **options)
     write_metadata(writer, config, architecture, splits_latent)
     if edit is not None:
@@ -116,7 +135,8 @@ def write_gguf(
 def _converted(
     tensors: Mapping[str, np.ndarray], config: dict[str, Any], architecture: str, fuses: bool, stacks: bool
 ) -> dict[str, np.ndarray]:
-    arch = next(a for a, name in gguf.MODEL_ARCH_NAMES.items() if name == architecture)
+    known = ALIKE.get(architecture, architecture)
+    arch = next(a for a, name in gguf.MODEL_ARCH_NAMES.items() if name == known)
     layers = config.get("num_hidden_layers", config.get("n_layer"))
     table = gguf.get_tensor_name_map(arch, layers)
     result: dict[str, np.ndarray] = {}
@@ -153,12 +173,16 @@ def _converted(
             ((name, array),) = found.items()
         if architecture in ("granitehybrid", "lfm2", "lfm2moe"):
             name, array = _with_states(name, array, config)
+        if architecture == "mistral4" and name.endswith(("experts.gate_up_proj", "experts.down_proj")):
+            name += ".weight"
+        if architecture == "bailingmoe3":
+            name, array = _bailing3(name, array, config)
         if name.endswith("e_score_correction_bias"):
             array = array.squeeze()
             name = name.replace("e_score_correction_bias", "e_score_correction.bias")
         if name.endswith("sinks"):
             name += ".weight"
-        found = table.get_name(name, try_suffixes=(".weight", ".bias"))
+        found = name if name.startswith("blk.") else table.get_name(name, try_suffixes=(".weight", ".bias"))
         assert found is not None, name
         result[found] = array
     for (layer, part, suffix), by_expert in experts.items():
@@ -256,6 +280,22 @@ def _with_states(name: str, array: np.ndarray, config: dict[str, Any]) -> tuple[
     return name.replace(".dt_bias", ".dt_proj.bias").replace(".expert_bias", ".expert_bias.bias"), array
 
 
+def _bailing3(name: str, array: np.ndarray, config: dict[str, Any]) -> tuple[str, np.ndarray]:
+    """`BailingMoeV3Model` of the converter: names that Kimi Linear's table knows, or the one in the file."""
+    name = name.replace("word_embeddings", "embed_tokens").replace("attention.dense", "attention.o_proj")
+    name = name.replace(".attention.", ".self_attn.").replace("gate.expert_bias", "gate.e_score_correction_bias")
+    if name.endswith("conv1d.weight"):
+        array = array[None]
+    elif name.endswith("A_log"):
+        array = np.exp(array)[:, None]
+    elif name.endswith("dt_bias"):
+        name = name.replace("dt_bias", "dt_proj.bias")
+    elif match := re.fullmatch(r"model\.layers\.(\d+)\.self_attn\.([fg])_proj\.weight", name):
+        is_full = config["layer_types"][int(match[1])] == "full_attention"
+        name = f"blk.{match[1]}.{'attn_gate' if is_full else f'ssm_{match[2]}_a'}.weight"
+    return name, array
+
+
 def _gpt_oss_experts(name: str, array: np.ndarray) -> dict[str, np.ndarray]:
     layer = re.search(r"\.(\d+)\.", name)
     assert layer is not None
@@ -337,7 +377,11 @@ def write_metadata(writer: gguf.GGUFWriter, config: dict[str, Any], architecture
     kv_heads = number("num_key_value_heads", "num_attention_heads")
     if architecture in ("granitehybrid", "lfm2", "lfm2moe"):
         kv_heads = [kv_heads if kind == "full_attention" else 0 for kind in config["layer_types"]]
-    writer.add_head_count_kv(1 if splits_latent else kv_heads)
+    elif architecture == "bailingmoe3":
+        kv_heads = [int(kind == "full_attention") for kind in config["layer_types"]]
+    elif splits_latent:
+        kv_heads = 1
+    writer.add_head_count_kv(kv_heads)
     if architecture == "starcoder2":
         writer.add_layer_norm_eps(config["norm_epsilon"])
     else:
@@ -356,7 +400,7 @@ def write_metadata(writer: gguf.GGUFWriter, config: dict[str, Any], architecture
                 writer.add_attn_temperature_scale(rope["llama_4_scaling_beta"])
             elif rope.get("mscale_all_dim"):
                 writer.add_rope_scaling_yarn_log_mul(0.1 * rope["mscale_all_dim"])
-    if architecture in ("deepseek2", "glm-dsa"):
+    if architecture in HAVE_LATENTS:
         _write_latent_attention(writer, config, splits_latent)
     else:
         head_dim = number("head_dim") or config["hidden_size"] // heads
@@ -421,17 +465,26 @@ def write_metadata(writer: gguf.GGUFWriter, config: dict[str, Any], architecture
         writer.add_rope_dimension_sections([11, 11, 10, 0])
     if architecture == "qwen2moe":
         writer.add_expert_shared_feed_forward_length(config["shared_expert_intermediate_size"])
-    if architecture == "glm-dsa":
+    if architecture in ("glm-dsa", "deepseek32"):
         writer.add_indexer_head_count(config["index_n_heads"])
         writer.add_indexer_key_length(config["index_head_dim"])
         writer.add_indexer_top_k(config["index_topk"])
+    if architecture == "glm-dsa":
         writer.add_array("glm-dsa.attention.indexer.types", [kind == "full" for kind in config["indexer_types"]])
-    if architecture in ("deepseek2", "glm-dsa", "glm4moe"):
+    if architecture == "bailingmoe3":
+        del writer.kv_data[0]["bailingmoe3.attention.value_length"]
+        writer.add_value_length(config["linear_head_dim"])
+        writer.add_ssm_conv_kernel(config["short_conv_kernel_size"])
+        writer.add_uint32("bailingmoe3.kda.head_dim", config["linear_head_dim"])
+        writer.add_bool("bailingmoe3.kda.safe_gate", config["kda_safe_gate"])
+        writer.add_float32("bailingmoe3.kda.gate_lower_bound", config["kda_lower_bound"])
+        writer.add_expert_shared_feed_forward_length(config["moe_intermediate_size"])
+    if architecture in (*HAVE_LATENTS, "glm4moe"):
         writer.add_leading_dense_block_count(config.get("first_k_dense_replace", 1))
         writer.add_expert_shared_count(config["n_shared_experts"])
         writer.add_expert_weights_scale(config["routed_scaling_factor"])
         writer.add_expert_weights_norm(config["norm_topk_prob"])
-        is_sigmoid = config["architectures"][0] != "DeepseekV2ForCausalLM"
+        is_sigmoid = config["architectures"][0] not in ("DeepseekV2ForCausalLM", "Mistral4ForCausalLM")
         writer.add_expert_gating_func(
             gguf.ExpertGatingFuncType.SIGMOID if is_sigmoid else gguf.ExpertGatingFuncType.SOFTMAX
         )

@@ -113,6 +113,17 @@ WORKS: dict[str, tuple[str, dict[str, Any], Edit]] = {
         {},
         without("glm4moe.expert_group_count", "glm4moe.expert_group_used_count", "glm4moe.expert_gating_func"),
     ),
+    "how queries grow, which converters do not write": (
+        "mistral4",
+        {},
+        changed("mistral4", attention__temperature_scale=0.1, attention__temperature_length=16),
+    ),
+    "KV heads of a draft layer": (
+        "bailing_hybrid",
+        {},
+        changed("bailingmoe3", block_count=4, nextn_predict_layers=1, attention__head_count_kv=[0, 1, 0, 1]),
+    ),
+    "a bounded gate, which need not be said": ("bailing_hybrid", {}, without("bailingmoe3.kda.safe_gate")),
 }
 
 
@@ -164,6 +175,27 @@ REFUSED: dict[str, tuple[str, Edit, str]] = {
     ),
     "freq_base_swa": ("gpt_oss", changed("gpt-oss", rope__freq_base_swa=7.0), "freq_base_swa = 7.0"),
     "swiglu": ("gpt_oss", changed("gpt-oss", swiglu_clamp_exp=5.0), "swiglu_clamp_exp = 5.0"),
+    "pooled keys of an indexer": ("deepseek_v32", changed("deepseek32", attention__indexer__kpool=2), "kpool = 2"),
+    "blocks of an indexer": ("deepseek_v32", changed("deepseek32", attention__indexer__block_size=64), "block_size = 64"),
+    "layers without an indexer": (
+        "deepseek_v32",
+        changed("deepseek32", attention__indexer__types=[True, False]),
+        "deepseek32.attention.indexer.types",
+    ),
+    "limits of experts": ("deepseek_v32", changed("deepseek32", swiglu_clamp_exp=[0.0, 7.0]), "swiglu_clamp_exp"),
+    "a gate without a bound": ("bailing_hybrid", changed("bailingmoe3", kda__safe_gate=False), "kda.safe_gate = False"),
+    "no groups said": ("bailing_hybrid", without("bailingmoe3.expert_group_count"), "bailingmoe3.expert_group_count"),
+    "wider shared experts": (
+        "bailing_hybrid",
+        changed("bailingmoe3", expert_shared_feed_forward_length=64),
+        "expert_shared_feed_forward_length = 64",
+    ),
+    "another start of growing queries": (
+        "mistral4",
+        changed("mistral4", attention__temperature_length=7),
+        "temperature_length = 7",
+    ),
+    "positions that are not stretched": ("mistral4", changed("mistral4", rope__scaling__type="none"), "type = 'none'"),
     "one of two group keys": (
         "deepseek_v3",
         without("deepseek2.expert_group_used_count"),

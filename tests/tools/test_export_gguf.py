@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -50,6 +51,7 @@ REFUSED = {
     "delta nets with heads of two sizes": ("qwen3_next", {"linear_value_head_dim": 24}, "delta nets"),
     "limits of queries": ("olmoe", {"clip_qkv": 0.5}, "clip_qkv"),
     "biases": ("seed_oss", {"attention_out_bias": True}, "attn_output.bias"),
+    "rates of delta nets without a bound": ("bailing_hybrid", {"kda_safe_gate": False}, "kda_safe_gate"),
     "experts in every other layer": ("ernie4_5_moe", {"moe_layer_interval": 2, "num_hidden_layers": 4}, "every layer"),
 }
 FORMATS = {block.type.name: block for block in (*blocks.FORMATS, *k_quants.FORMATS)}
@@ -70,6 +72,19 @@ def test_read_back_it_computes_the_same(case: str, tmp_path: Path) -> None:
     report = export(tmp_path / "hf", tmp_path / "out")
     assert all(change.is_exact for change in report.changes)
     torch.testing.assert_close(logits_of(tmp_path / "out"), logits_of(tmp_path / "hf"), atol=TOLERANCE, rtol=0)
+
+
+def test_limits_of_experts_by_layer(tmp_path: Path) -> None:
+    """Ling 3's, which its class passes over."""
+    save_tiny(FAMILIES["bailing_hybrid"], tmp_path / "hf")
+    unlimited = logits_of(tmp_path / "hf")
+    file = tmp_path / "hf" / "config.json"
+    limits = {"expert_swiglu_limit_list": [0, 0.02, 0.1], "share_expert_swiglu_limit_list": [0, None, 0.03]}
+    file.write_text(json.dumps(json.loads(file.read_text()) | limits))
+    export(tmp_path / "hf", tmp_path / "out")
+    found = logits_of(tmp_path / "out")
+    torch.testing.assert_close(found, logits_of(tmp_path / "hf"), atol=TOLERANCE, rtol=0)
+    assert (found - unlimited).abs().max() > 0.1
 
 
 @pytest.mark.parametrize("case", REFUSED)

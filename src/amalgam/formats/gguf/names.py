@@ -86,16 +86,17 @@ def translate(store: TensorStore) -> Iterator[tuple[str, Piece]]:
             f"{store.files[0]} is of architecture {describe(architecture)}, whose tensor names are not known.",
             remedy=f"Known: {', '.join(sorted(NAMINGS))}.",
         )
+    whole = naming.names.get("blk.{}.attn_kv_b")
     draft_layers, num_pieces = _draft_layers(store), 0
     for name, entry in store.items():
         layer = re.match(r"blk\.(\d{1,6})\.", name)
         if is_rope_table(name) or (layer is not None and int(layer[1]) in draft_layers):
             continue
         latent = _LATENT.fullmatch(name)
-        if latent is not None:
+        if latent is not None and isinstance(whole, str):
             both = _latent(store, latent[1])
             if latent[2] == "k":
-                yield f"{_LAYER.format(latent[1])}.self_attn.kv_b_proj.weight", both
+                yield f"{whole.format(latent[1])}.weight", both
             continue
         for piece in _pieces(store, naming, name, entry):
             num_pieces += 1
@@ -314,19 +315,32 @@ def _logarithm(stored: Tensor) -> Tensor:
     return torch.log(-stored.flatten())
 
 
+def _logarithm_of_rate(stored: Tensor) -> Tensor:
+    """The converter writes exp(A_log), as a column."""
+    return torch.log(stored.flatten())
+
+
 def _apart(stored: Tensor) -> Tensor:
     """A depthwise convolution has one input per channel, whose dimension the converter leaves out."""
     return stored.view(stored.shape[0], 1, -1)
 
 
+def _of_channels(stored: Tensor) -> Tensor:
+    """The same, with ones before and behind the channels; who quantizes a file leaves out those before."""
+    return stored.view(-1, 1, stored.shape[-1])
+
+
 # For `placing`, which does what they undo.
 VALUES_WITHOUT_ONE, VALUES_FLAT, VALUES_LOGARITHM, VALUES_APART = _without_one, _flat, _logarithm, _apart
+VALUES_LOGARITHM_OF_RATE, VALUES_OF_CHANNELS = _logarithm_of_rate, _of_channels
 
 # What becomes of a shape.
 _SHAPES: Mapping[Arrange, Callable[[tuple[int, ...]], tuple[int, ...]]] = {
     _apart: lambda shape: (*shape[:1], 1, *shape[1:]),
+    _of_channels: lambda shape: (prod(shape[:-1]), 1, *shape[-1:]),
     _flat: lambda shape: (prod(shape),),
     _logarithm: lambda shape: (prod(shape),),
+    _logarithm_of_rate: lambda shape: (prod(shape),),
 }
 _QWEN_VALUES = {
     **dict.fromkeys(("attn_norm", "post_attention_norm", "attn_q_norm", "attn_k_norm", "output_norm"), _without_one),
@@ -411,6 +425,25 @@ _DEEPSEEK = {
         }
     ),
 }
+_KIMI_DELTA_NET = {
+    **_layer(
+        {
+            **{f"attn_{part}": f"attention.{part}_proj" for part in ("q", "k", "v", "q_a", "q_b", "kv_b")},
+            **{f"attn_{part}_norm": f"attention.{part}_layernorm" for part in ("q_a", "kv_a")},
+            "attn_kv_a_mqa": "attention.kv_a_proj_with_mqa",
+            "attn_output": "attention.o_proj",
+            "ssm_f_a": "attention.f_proj",
+            "ssm_beta": "attention.b_proj",
+            "ssm_norm": "attention.o_norm",
+            **{f"ssm_conv1d_{part}": f"attention.{part}_conv1d" for part in "qkv"},
+            "ssm_g_a": "attention.g_proj",
+            "attn_gate": "attention.g_proj",  # of latent attention
+        }
+    ),
+    "blk.{}.ssm_a": f"{_LAYER}.attention.A_log",
+    "blk.{}.ssm_dt.bias": f"{_LAYER}.attention.dt_bias",
+}
+_KIMI_VALUES = {"ssm_a": _logarithm_of_rate, **{f"ssm_conv1d_{part}": _of_channels for part in "qkv"}}
 _INDEXER = _layer(
     {
         "indexer.attn_q_b": "self_attn.indexer.wq_b",
@@ -533,7 +566,23 @@ NAMINGS: Mapping[str, Naming] = {
         }
     ),
     "deepseek2": Naming(_DEEPSEEK),
+    "mistral4": Naming(_DEEPSEEK),
+    "deepseek32": Naming({**_DEEPSEEK, **_INDEXER}),
     "glm-dsa": Naming({**_DEEPSEEK, **_INDEXER}),
+    "bailingmoe3": Naming(
+        {
+            **_OUTSIDE,
+            "token_embd": "model.word_embeddings",
+            **_layer({"attn_norm": "input_layernorm"}),
+            **_MLP_NORM,
+            **_KIMI_DELTA_NET,
+            **_MLP,
+            **_experts_of("mlp"),
+            **_SHARED,
+            "blk.{}.exp_probs_b.bias": f"{_LAYER}.mlp.gate.expert_bias",
+        },
+        values=_KIMI_VALUES,
+    ),
     "gpt2": Naming(
         {
             "token_embd": "transformer.wte",

@@ -20,7 +20,16 @@ import torch
 from torch import Tensor
 
 from amalgam.errors import UnsupportedError, describe
-from amalgam.formats.gguf.names import NAMINGS, VALUES_APART, VALUES_FLAT, VALUES_LOGARITHM, VALUES_WITHOUT_ONE, Naming
+from amalgam.formats.gguf.names import (
+    NAMINGS,
+    VALUES_APART,
+    VALUES_FLAT,
+    VALUES_LOGARITHM,
+    VALUES_LOGARITHM_OF_RATE,
+    VALUES_OF_CHANNELS,
+    VALUES_WITHOUT_ONE,
+    Naming,
+)
 
 Change = Callable[[Tensor], Tensor]
 
@@ -89,6 +98,8 @@ class Placing:
             return self._latent(f"blk.{numbers[0]}.", shape)
         if pattern.endswith("in_proj_qkvz.weight"):
             return self._grouped(f"blk.{numbers[0]}.", shape)
+        if pattern.endswith("attention.g_proj.weight") and shape[0] == self._sizes["num_attention_heads"]:
+            return (Place(f"blk.{numbers[0]}.attn_gate.weight"),)  # latent attention's, one number for each head
         found = _written(self._architecture, self._has_experts).get(pattern)
         stem, suffix = pattern, ""
         if found is None:
@@ -127,10 +138,12 @@ class Placing:
     def _change(self, undo: Change, stem: str, shape: tuple[int, ...]) -> tuple[Change, tuple[int, ...]]:
         """What `undo` undoes, and the shape that comes of it."""
         is_column = "ssm_d" in self._naming.values and stem in ("ssm_a", "ssm_d")
-        if is_column:
+        if is_column or undo is VALUES_LOGARITHM_OF_RATE:
             target: tuple[int, ...] = (*shape, 1)
         elif undo is VALUES_APART:
             target = (shape[0], prod(shape[1:]))
+        elif undo is VALUES_OF_CHANNELS:
+            target = (1, *shape)
         elif undo is VALUES_FLAT:
             groups = self._sizes["state_groups"]
             target = (groups, prod(shape) // groups)
@@ -222,4 +235,8 @@ def _same(published: Tensor) -> Tensor:
     return published
 
 
-_CHANGES: Mapping[Change, Change] = {VALUES_WITHOUT_ONE: _with_one, VALUES_LOGARITHM: _decay}
+_CHANGES: Mapping[Change, Change] = {
+    VALUES_WITHOUT_ONE: _with_one,
+    VALUES_LOGARITHM: _decay,
+    VALUES_LOGARITHM_OF_RATE: torch.exp,
+}

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from amalgam.formats.gguf.config.decoder import decoder
+from amalgam.formats.gguf.config.decoder import common, decoder
 from amalgam.formats.gguf.config.dense import granite
-from amalgam.formats.gguf.config.experts import SIGMOID, softmax_experts
+from amalgam.formats.gguf.config.experts import SIGMOID, grouped_experts, softmax_experts
+from amalgam.formats.gguf.config.grouped import latent_sizes
 from amalgam.formats.gguf.config.metadata import Builder, Config, Metadata
+from amalgam.formats.gguf.config.rope import rope_parameters
 
 
 def _hybrid(metadata: Metadata, architecture: str) -> Config:
@@ -123,7 +125,33 @@ def _lfm2_moe(metadata: Metadata) -> Config:
     }
 
 
+def _bailing3(metadata: Metadata) -> Config:
+    """Ling 3: Kimi delta nets, and latent attention with a gate per head in layers that have KV heads."""
+    kv_heads = _kv_heads(metadata)
+    config = common(metadata, "BailingMoeV3ForCausalLM", kv_heads=max(kv_heads))
+    num_layers, head_dim = config["num_hidden_layers"], metadata.int("kda.head_dim")
+    config |= grouped_experts(metadata, None) | latent_sizes(metadata, head_dim)
+    metadata.expect("expert_gating_func", SIGMOID)
+    metadata.expect("expert_shared_feed_forward_length", config["n_shared_experts"] * config["moe_intermediate_size"])
+    metadata.expect("kda.safe_gate", True)
+    metadata.pass_over(["rope.dimension_sections"])  # of images
+    return config | {
+        "num_key_value_heads": config["num_attention_heads"],
+        "norm_topk_prob": metadata.bool("expert_weights_norm", default=False),
+        "expert_swiglu_limit_list": metadata.limits("swiglu_clamp_exp", num_layers),
+        "share_expert_swiglu_limit_list": metadata.limits("swiglu_clamp_shexp", num_layers),
+        "layer_types": ["full_attention" if number else "linear_attention" for number in kv_heads],
+        "rope_parameters": rope_parameters(metadata, config["qk_rope_head_dim"]),
+        "head_dim": head_dim,
+        "short_conv_kernel_size": metadata.int("ssm.conv_kernel"),
+        "kda_safe_gate": True,
+        "kda_lower_bound": metadata.number("kda.gate_lower_bound"),
+        "no_kda_lora": True,
+    }
+
+
 ARCHITECTURES: Mapping[str, Builder] = {
+    "bailingmoe3": _bailing3,
     "granitehybrid": _granite_hybrid,
     "lfm2": _lfm2,
     "lfm2moe": _lfm2_moe,
@@ -132,6 +160,7 @@ ARCHITECTURES: Mapping[str, Builder] = {
     "qwen35moe": _qwen3_5_moe,
 }
 MODEL_TYPES: Mapping[str, str] = {
+    "BailingMoeV3ForCausalLM": "bailing_hybrid",
     "GraniteMoeHybridForCausalLM": "granitemoehybrid",
     "Lfm2ForCausalLM": "lfm2",
     "Lfm2MoeForCausalLM": "lfm2_moe",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeAlias
@@ -48,6 +49,11 @@ _NEUTRAL: Mapping[str, tuple[Any, ...]] = {
 }
 
 
+def _shortest(number: float) -> float:
+    """Stored as float32: the shortest decimal fraction that rounds to it is what config.json had."""
+    return float(str(np.float32(number)))
+
+
 class Metadata(Fields):
     """Typed access to the keys of an architecture, and to the tensors that tell what they do not."""
 
@@ -74,8 +80,8 @@ class Metadata(Fields):
         return value
 
     def number(self, key: str, default: float | Required = REQUIRED) -> float:
-        """Stored as float32: the shortest decimal fraction that rounds to it is what config.json had."""
-        return float(str(np.float32(self.float(key, default=default))))
+        """What config.json had."""
+        return _shortest(self.float(key, default=default))
 
     def expect_pattern(self, period: int, num_layers: int) -> None:
         """Refuse a choice of layers with a window other than all but every `period`th."""
@@ -96,12 +102,23 @@ class Metadata(Fields):
         return ["sliding_attention" if flag else "full_attention" for flag in flags]
 
     def per_layer(self, key: str, num_layers: int) -> list[int]:
-        """A whole number of each layer, which are written as one where they are the same."""
+        """A whole number of each layer, which are written as one where they are the same; those of draft layers may
+        follow."""
         value = super().get(key)
         values = [value] * num_layers if type(value) is int else value
-        if not isinstance(values, Sequence) or len(values) != num_layers or not all(type(v) is int for v in values):
+        allowed = (num_layers, self.int("block_count"))
+        if not isinstance(values, Sequence) or len(values) not in allowed or not all(type(v) is int for v in values):
             self.refuse(key, value, f"an integer, or one for each of {num_layers} layers")
-        return list(values)
+        return list(values[:num_layers])
+
+    def limits(self, key: str, num_layers: int) -> list[float]:
+        """A limit of each layer, 0 where there is none; those of draft layers may follow."""
+        value = super().get(key, default=0.0)
+        values = value if isinstance(value, Sequence) and not isinstance(value, str) else [value] * num_layers
+        are_limits = all(type(v) in (int, float) and 0 <= v < math.inf for v in values)
+        if len(values) not in (num_layers, self.int("block_count")) or not are_limits:
+            self.refuse(key, value, f"a number of at least 0, or one for each of {num_layers} layers")
+        return [_shortest(limit) for limit in values[:num_layers]]
 
     def flags(self, key: str, num_layers: int, *, default: bool) -> list[bool]:
         """Yes or no for each layer."""

@@ -14,7 +14,7 @@ from typing import Any
 
 from amalgam.errors import UnsupportedError
 from amalgam.models.blocks.attention import Attention
-from amalgam.models.blocks.delta_net import DeltaNet
+from amalgam.models.blocks.delta_net import DeltaNet, KimiDeltaNet
 from amalgam.models.blocks.latent_attention import LatentAttention
 from amalgam.models.blocks.mixture import SparseMoe
 from amalgam.models.blocks.short_convolution import ShortConvolution
@@ -105,6 +105,7 @@ def _grouped(model: Model) -> Mapping[str, Any]:
     moe = _moe(model)
     router: Any = moe.router
     is_sigmoid = hasattr(router, "has_correction")
+    groups = getattr(router, "groups", None)
     return {
         **_expert_size(model),
         "leading_dense_block_count": model.num_dense,
@@ -112,8 +113,8 @@ def _grouped(model: Model) -> Mapping[str, Any]:
         "expert_weights_scale": float(router.scaling),
         "expert_weights_norm": bool(getattr(router, "normalises", False)),
         "expert_gating_func": SIGMOID if is_sigmoid else SOFTMAX,
-        "expert_group_count": router.groups.num_groups,
-        "expert_group_used_count": router.groups.num_kept,
+        "expert_group_count": 1 if groups is None else groups.num_groups,
+        "expert_group_used_count": 1 if groups is None else groups.num_kept,
     }
 
 
@@ -141,14 +142,51 @@ def _latent(model: Model) -> Mapping[str, Any]:
 
 
 def _indexed(model: Model) -> Mapping[str, Any]:
-    attentions = [layer.attention for layer in model.spec.layers]
+    attentions = (layer.attention for layer in model.spec.layers)
     indexer: Any = next(found for one in attentions if (found := getattr(one, "indexer", None)) is not None)
     return {
         **_latent(model),
         "attention.indexer.head_count": indexer.num_heads,
         "attention.indexer.key_length": indexer.head_dim,
         "attention.indexer.top_k": indexer.num_chosen,
-        "attention.indexer.types": [getattr(one, "indexer", None) is not None for one in attentions],
+    }
+
+
+def _glm_dsa(model: Model) -> Mapping[str, Any]:
+    have_one = [getattr(layer.attention, "indexer", None) is not None for layer in model.spec.layers]
+    return {**_indexed(model), "attention.indexer.types": have_one}
+
+
+def _mistral4(model: Model) -> Mapping[str, Any]:
+    attention: Any = model.attention
+    return {
+        **_latent(model),
+        "attention.temperature_scale": float(attention.sharpening[0]),
+        "attention.temperature_length": int(attention.sharpening[1]),
+    }
+
+
+def _bailing3(model: Model) -> Mapping[str, Any]:
+    net = next(model.blocks(KimiDeltaNet), None)
+    if net is None or net.bound is None:
+        raise UnsupportedError(
+            "llama.cpp's architecture 'bailingmoe3' has delta nets whose rates are bounded (kda_safe_gate).",
+            remedy="Export to another target: `--to hf`.",
+        )
+    mlps = [layer.mlp for layer in model.spec.layers]
+    limits = {
+        key: [float(getattr(getattr(mlp, name, None), "limit", None) or 0) for mlp in mlps]
+        for key, name in (("swiglu_clamp_exp", "activation"), ("swiglu_clamp_shexp", "shared_activation"))
+    }
+    return {
+        **_latent(model),
+        **_shared_size(model),
+        **{key: values for key, values in limits.items() if any(values)},
+        "attention.head_count_kv": [int(isinstance(one.attention, LatentAttention)) for one in model.spec.layers],
+        "kda.head_dim": net.head_dim,
+        "kda.safe_gate": True,
+        "kda.gate_lower_bound": float(net.bound),
+        "ssm.conv_kernel": net.kernel_size,
     }
 
 
@@ -385,7 +423,7 @@ def _both(*extras: Extra) -> Extra:
 _NAMES: Mapping[str, str] = {
     **{name: name for name in ("llama", "qwen2", "qwen3", "olmoe", "gemma2", "gemma3", "gemma4", "phi3", "olmo2")},
     **{name: name for name in ("smollm3", "seed_oss", "ernie4_5", "granite", "starcoder2", "lfm2", "dots1")},
-    **{name: name for name in ("llama4", "gpt2", "xverse")},
+    **{name: name for name in ("llama4", "gpt2", "xverse", "mistral4")},
     "mistral": "llama",
     "mixtral": "llama",
     "qwen2_moe": "qwen2moe",
@@ -404,7 +442,9 @@ _NAMES: Mapping[str, str] = {
     "deepseek_v2": "deepseek2",
     "deepseek_v3": "deepseek2",
     "glm4_moe": "glm4moe",
+    "deepseek_v32": "deepseek32",
     "glm_moe_dsa": "glm-dsa",
+    "bailing_hybrid": "bailingmoe3",
     "gpt_oss": "gpt-oss",
 }
 _EXTRAS: Mapping[str, Extra] = {
@@ -437,6 +477,9 @@ _EXTRAS: Mapping[str, Extra] = {
     "llama4": _llama4,
     "glm4moe": _grouped,
     "deepseek2": _latent,
-    "glm-dsa": _indexed,
+    "mistral4": _mistral4,
+    "deepseek32": _indexed,
+    "glm-dsa": _glm_dsa,
+    "bailingmoe3": _bailing3,
     "gpt-oss": _gpt_oss,
 }
