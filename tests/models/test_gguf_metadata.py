@@ -176,7 +176,11 @@ REFUSED: dict[str, tuple[str, Edit, str]] = {
     "freq_base_swa": ("gpt_oss", changed("gpt-oss", rope__freq_base_swa=7.0), "freq_base_swa = 7.0"),
     "swiglu": ("gpt_oss", changed("gpt-oss", swiglu_clamp_exp=5.0), "swiglu_clamp_exp = 5.0"),
     "pooled keys of an indexer": ("deepseek_v32", changed("deepseek32", attention__indexer__kpool=2), "kpool = 2"),
-    "blocks of an indexer": ("deepseek_v32", changed("deepseek32", attention__indexer__block_size=64), "block_size = 64"),
+    "blocks of an indexer": (
+        "deepseek_v32",
+        changed("deepseek32", attention__indexer__block_size=64),
+        "block_size = 64",
+    ),
     "layers without an indexer": (
         "deepseek_v32",
         changed("deepseek32", attention__indexer__types=[True, False]),

@@ -42,8 +42,11 @@ VARIANTS = (
     *("llama_biases", "llama_rope_llama3", "mixtral_window", "deepseek_v2_groups", "gemma4_moe", "phi3_longrope"),
     *("granitemoe_shared", "granitemoe_hybrid", "granitemoe_hybrid_dense", "xverse_dense"),
 )
-# llama.cpp has one size of heads in delta nets.
-EQUAL_HEADS = {name: {"linear_value_head_dim": 16} for name in ("qwen3_next", "qwen3_5", "qwen3_5_moe")}
+# llama.cpp has one size of heads in delta nets, and indexers of 64 numbers and more.
+SIZES: dict[str, dict[str, Any]] = {
+    **{name: {"linear_value_head_dim": 16} for name in ("qwen3_next", "qwen3_5", "qwen3_5_moe")},
+    **{name: {"index_head_dim": 64} for name in ("deepseek_v32", "glm_moe_dsa")},
+}
 # What GGUF has no word for, and what llama.cpp would not load, or compute otherwise: family, changes, what is named.
 REFUSED = {
     "another scale of scores": ("gemma2", {"query_pre_attn_scalar": 24}, "scale"),
@@ -51,6 +54,7 @@ REFUSED = {
     "delta nets with heads of two sizes": ("qwen3_next", {"linear_value_head_dim": 24}, "delta nets"),
     "limits of queries": ("olmoe", {"clip_qkv": 0.5}, "clip_qkv"),
     "biases": ("seed_oss", {"attention_out_bias": True}, "attn_output.bias"),
+    "heads of an indexer that have no Hadamard matrix": ("deepseek_v32", {"index_head_dim": 96}, "not 96"),
     "rates of delta nets without a bound": ("bailing_hybrid", {"kda_safe_gate": False}, "kda_safe_gate"),
     "experts in every other layer": ("ernie4_5_moe", {"moe_layer_interval": 2, "num_hidden_layers": 4}, "every layer"),
 }
@@ -68,7 +72,7 @@ def export(base: Path, out: Path, options: ExportOptions = PLAIN, **mixed: Any) 
 @pytest.mark.parametrize("case", [*(name for name in FAMILIES if name != "xverse"), *VARIANTS])
 def test_read_back_it_computes_the_same(case: str, tmp_path: Path) -> None:
     family, changes, _ = CASES[case]
-    save_tiny(FAMILIES[family], tmp_path / "hf", **changes, **EQUAL_HEADS.get(case, {}))
+    save_tiny(FAMILIES[family], tmp_path / "hf", **changes, **SIZES.get(case, {}))
     report = export(tmp_path / "hf", tmp_path / "out")
     assert all(change.is_exact for change in report.changes)
     torch.testing.assert_close(logits_of(tmp_path / "out"), logits_of(tmp_path / "hf"), atol=TOLERANCE, rtol=0)

@@ -128,8 +128,7 @@ In most of their layers Qwen3-Next, Qwen3.5 and Ling 3 (delta nets), Granite 4 (
 have a recurrent state: `engine.state_cache_bytes` is its room, and a prefix is shared up to where a state has been
 kept. They are no drafts ([speculation.md](speculation.md)). Qwen's GGUF files have heads and projections in another
 order than the published checkpoints, so that one is no source beside the other. Of the models whose `model_type` is
-`bailing_hybrid` Ling 3 is served; Ling 2.5 and Ring 2.5 have another linear attention. llama.cpp has no architecture
-for Ling 3.
+`bailing_hybrid` Ling 3 is served; Ling 2.5 and Ring 2.5 have another linear attention.
 
 Gemma 4's layers may share keys and values, and may have an embedding of their own: such models are quantized with
 texts as others are, but what each projection does to the loss is not measured (`amalgam plan`). Tokens of images, which
@@ -148,7 +147,8 @@ in its folder takes their place if the folder is named instead of the file.
 - **Numbers** have llama.cpp's defaults: `rope.scaling.factor` without a type is linear. A key of the architecture that
   would change what is computed and is not understood is refused by name. DeepSeek files without
   `expert_group_count` (converters until autumn 2025) work for V2, V3, R1, Moonlight and Kimi K2, which are known by
-  their size; of others the published `config.json` has to be there.
+  their size; of others the published `config.json` has to be there. Files of Mistral 4 do not say how much queries
+  grow beyond the trained length: as much as published, where llama.cpp lets them be.
 - **Tokenizers** `gpt2`, `gemma4` and `llama`. `tokenizer.ggml.pre` may be {names}. Where llama.cpp differs from the
   published `tokenizer.json`, the latter counts: Unicode's form NFC for {normalized}; the published expressions
   of GPT-4o's kind, Kimi K2, Cohere and others, which llama.cpp comes near to with `std::regex`.

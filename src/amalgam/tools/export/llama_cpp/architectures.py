@@ -8,18 +8,18 @@ written here, and an export compares what it reads with the model (`checking`), 
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from typing import Any
 
 from amalgam.errors import UnsupportedError
 from amalgam.models.blocks.attention import Attention
-from amalgam.models.blocks.delta_net import DeltaNet, KimiDeltaNet
+from amalgam.models.blocks.delta_net import DeltaNet
 from amalgam.models.blocks.latent_attention import LatentAttention
-from amalgam.models.blocks.mixture import SparseMoe
 from amalgam.models.blocks.short_convolution import ShortConvolution
 from amalgam.models.blocks.state_space import StateSpace
-from amalgam.tools.export.llama_cpp.metadata import SIGMOID, SOFTMAX, Described, Extra, Model, described, yarn_factor
+from amalgam.tools.export.llama_cpp.experts import corrected, expert_size, grouped, moe_of, normalising, shared_size
+from amalgam.tools.export.llama_cpp.latent import bailing3, glm_dsa, indexed, latent, mistral4
+from amalgam.tools.export.llama_cpp.metadata import SIGMOID, Described, Extra, Model, described, yarn_factor
 
 
 def architecture_of(family: str, model: Model) -> str:
@@ -74,11 +74,6 @@ def _none(model: Model) -> Mapping[str, Any]:
     return {}
 
 
-def _moe(model: Model) -> SparseMoe:
-    assert model.moe is not None
-    return model.moe
-
-
 def _window(model: Model) -> Mapping[str, Any]:
     return {"attention.sliding_window": model.window}
 
@@ -86,108 +81,6 @@ def _window(model: Model) -> Mapping[str, Any]:
 def _pattern(model: Model) -> list[bool]:
     """Which layers have a window."""
     return [getattr(layer.attention, "window", None) is not None for layer in model.spec.layers]
-
-
-def _expert_size(model: Model) -> Mapping[str, Any]:
-    return {"expert_feed_forward_length": _moe(model).intermediate_size}
-
-
-def _normalising(model: Model) -> Mapping[str, Any]:
-    return {"expert_weights_norm": bool(getattr(_moe(model).router, "normalises", False))}
-
-
-def _shared_size(model: Model) -> Mapping[str, Any]:
-    return {"expert_shared_feed_forward_length": _moe(model).shared_size or None}
-
-
-def _grouped(model: Model) -> Mapping[str, Any]:
-    """DeepSeek's experts: shared ones, dense layers first, groups, a factor."""
-    moe = _moe(model)
-    router: Any = moe.router
-    is_sigmoid = hasattr(router, "has_correction")
-    groups = getattr(router, "groups", None)
-    return {
-        **_expert_size(model),
-        "leading_dense_block_count": model.num_dense,
-        "expert_shared_count": moe.shared_size // moe.intermediate_size,
-        "expert_weights_scale": float(router.scaling),
-        "expert_weights_norm": bool(getattr(router, "normalises", False)),
-        "expert_gating_func": SIGMOID if is_sigmoid else SOFTMAX,
-        "expert_group_count": 1 if groups is None else groups.num_groups,
-        "expert_group_used_count": 1 if groups is None else groups.num_kept,
-    }
-
-
-def _latent(model: Model) -> Mapping[str, Any]:
-    """As attention runs on the latent vector: one KV head, keys and values of its size."""
-    attention = model.attention
-    assert isinstance(attention, LatentAttention)
-    keys: dict[str, Any] = {
-        **_grouped(model),
-        "attention.head_count_kv": 1,
-        "attention.q_lora_rank": attention.query_rank,
-        "attention.kv_lora_rank": attention.latent_rank,
-        "attention.key_length": attention.latent_rank + attention.rope_dim,
-        "attention.value_length": attention.latent_rank,
-        "attention.key_length_mla": attention.nope_dim + attention.rope_dim,
-        "attention.value_length_mla": attention.value_dim,
-        "rope.dimension_count": attention.rope_dim,
-    }
-    plain = (attention.nope_dim + attention.rope_dim) ** -0.5
-    factor = getattr(getattr(attention.rope, "scaling", None), "factor", 1.0)
-    if attention.scale != plain and factor > 1:
-        # Scores are scaled by the square of YaRN's own factor, 0.1 mscale ln(factor) + 1; the key is 0.1 mscale.
-        keys["rope.scaling.yarn_log_multiplier"] = ((attention.scale / plain) ** 0.5 - 1) / math.log(factor)
-    return keys
-
-
-def _indexed(model: Model) -> Mapping[str, Any]:
-    attentions = (layer.attention for layer in model.spec.layers)
-    indexer: Any = next(found for one in attentions if (found := getattr(one, "indexer", None)) is not None)
-    return {
-        **_latent(model),
-        "attention.indexer.head_count": indexer.num_heads,
-        "attention.indexer.key_length": indexer.head_dim,
-        "attention.indexer.top_k": indexer.num_chosen,
-    }
-
-
-def _glm_dsa(model: Model) -> Mapping[str, Any]:
-    have_one = [getattr(layer.attention, "indexer", None) is not None for layer in model.spec.layers]
-    return {**_indexed(model), "attention.indexer.types": have_one}
-
-
-def _mistral4(model: Model) -> Mapping[str, Any]:
-    attention: Any = model.attention
-    return {
-        **_latent(model),
-        "attention.temperature_scale": float(attention.sharpening[0]),
-        "attention.temperature_length": int(attention.sharpening[1]),
-    }
-
-
-def _bailing3(model: Model) -> Mapping[str, Any]:
-    net = next(model.blocks(KimiDeltaNet), None)
-    if net is None or net.bound is None:
-        raise UnsupportedError(
-            "llama.cpp's architecture 'bailingmoe3' has delta nets whose rates are bounded (kda_safe_gate).",
-            remedy="Export to another target: `--to hf`.",
-        )
-    mlps = [layer.mlp for layer in model.spec.layers]
-    limits = {
-        key: [float(getattr(getattr(mlp, name, None), "limit", None) or 0) for mlp in mlps]
-        for key, name in (("swiglu_clamp_exp", "activation"), ("swiglu_clamp_shexp", "shared_activation"))
-    }
-    return {
-        **_latent(model),
-        **_shared_size(model),
-        **{key: values for key, values in limits.items() if any(values)},
-        "attention.head_count_kv": [int(isinstance(one.attention, LatentAttention)) for one in model.spec.layers],
-        "kda.head_dim": net.head_dim,
-        "kda.safe_gate": True,
-        "kda.gate_lower_bound": float(net.bound),
-        "ssm.conv_kernel": net.kernel_size,
-    }
 
 
 def _gemma(model: Model) -> Mapping[str, Any]:
@@ -279,7 +172,7 @@ def _granite(model: Model) -> Mapping[str, Any]:
 
 
 def _granite_moe(model: Model) -> Mapping[str, Any]:
-    return {**_granite(model), **_shared_size(model), "feed_forward_length": _moe(model).intermediate_size}
+    return {**_granite(model), **shared_size(model), "feed_forward_length": moe_of(model).intermediate_size}
 
 
 def _kv_heads(model: Model) -> list[int]:
@@ -291,7 +184,7 @@ def _granite_hybrid(model: Model) -> Mapping[str, Any]:
     space = next(model.blocks(StateSpace), None)
     keys: dict[str, Any] = {**_granite(model), "attention.head_count_kv": _kv_heads(model)}
     if model.moe is not None:
-        keys |= {**_shared_size(model), "feed_forward_length": model.moe.intermediate_size}
+        keys |= {**shared_size(model), "feed_forward_length": model.moe.intermediate_size}
     if model.rope is None:
         keys |= {"rope.scaling.finetuned": False, "rope.dimension_count": getattr(model.attention, "head_dim", None)}
     if space is not None:
@@ -311,11 +204,11 @@ def _lfm2(model: Model) -> Mapping[str, Any]:
 
 
 def _lfm2_moe(model: Model) -> Mapping[str, Any]:
-    router: Any = _moe(model).router
+    router: Any = moe_of(model).router
     return {
         **_lfm2(model),
-        **_expert_size(model),
-        **_normalising(model),
+        **expert_size(model),
+        **normalising(model),
         "leading_dense_block_count": model.num_dense,
         "expert_gating_func": SIGMOID,
         "expert_weights_scale": float(router.scaling),
@@ -338,7 +231,7 @@ def _delta_net(model: Model) -> Mapping[str, Any]:
 
 
 def _delta_net_experts(model: Model) -> Mapping[str, Any]:
-    return {**_delta_net(model), **_expert_size(model), **_shared_size(model), **_normalising(model)}
+    return {**_delta_net(model), **expert_size(model), **shared_size(model), **normalising(model)}
 
 
 def _qwen35(model: Model) -> Mapping[str, Any]:
@@ -348,33 +241,20 @@ def _qwen35(model: Model) -> Mapping[str, Any]:
     return {"rope.dimension_sections": [*sections, 0][:4]}
 
 
-def _corrected(model: Model) -> Mapping[str, Any]:
-    moe = _moe(model)
-    router: Any = moe.router
-    return {
-        **_expert_size(model),
-        "expert_shared_count": moe.shared_size // moe.intermediate_size,
-        "expert_weights_scale": float(router.scaling),
-        "expert_weights_norm": bool(router.normalises),
-        "expert_gating_func": SIGMOID,
-        "leading_dense_block_count": model.num_dense,
-    }
-
-
 def _exaone_moe(model: Model) -> Mapping[str, Any]:
     return {
-        **_corrected(model),
-        **_shared_size(model),
+        **corrected(model),
+        **shared_size(model),
         "attention.sliding_window": model.window or int(model.config.get("sliding_window") or 0) or None,
         "attention.sliding_window_pattern": _pattern(model),
     }
 
 
 def _ernie_moe(model: Model) -> Mapping[str, Any]:
-    moe = _moe(model)
+    moe = moe_of(model)
     sparse = model.spec.moe_layer_ids
     return {
-        **_expert_size(model),
+        **expert_size(model),
         "interleave_moe_layer_step": sparse[1] - sparse[0] if len(sparse) > 1 else 1,
         "leading_dense_block_count": int(model.config.get("moe_layer_start_index", 1)),
         "expert_shared_count": moe.shared_size // moe.intermediate_size,
@@ -383,9 +263,9 @@ def _ernie_moe(model: Model) -> Mapping[str, Any]:
 
 
 def _hunyuan(model: Model) -> Mapping[str, Any]:
-    size = _moe(model).intermediate_size
+    size = moe_of(model).intermediate_size
     return {
-        **_expert_size(model),
+        **expert_size(model),
         "expert_shared_feed_forward_length": size,
         "expert_shared_count": 1,
         "feed_forward_length": size,
@@ -394,7 +274,7 @@ def _hunyuan(model: Model) -> Mapping[str, Any]:
 
 def _olmoe(model: Model) -> Mapping[str, Any]:
     clip = getattr(model.attention, "clip", None)
-    return {**_normalising(model), "attention.clamp_kqv": None if clip is None else float(clip)}
+    return {**normalising(model), "attention.clamp_kqv": None if clip is None else float(clip)}
 
 
 def _gpt2(model: Model) -> Mapping[str, Any]:
@@ -402,17 +282,17 @@ def _gpt2(model: Model) -> Mapping[str, Any]:
 
 
 def _minimax(model: Model) -> Mapping[str, Any]:
-    return {**_expert_size(model), "expert_gating_func": SIGMOID}
+    return {**expert_size(model), "expert_gating_func": SIGMOID}
 
 
 def _llama4(model: Model) -> Mapping[str, Any]:
     sparse = model.spec.moe_layer_ids
     step = sparse[0] + 1 if sparse else 1
-    return {**_expert_size(model), "interleave_moe_layer_step": step, "expert_gating_func": SIGMOID}
+    return {**expert_size(model), "interleave_moe_layer_step": step, "expert_gating_func": SIGMOID}
 
 
 def _gpt_oss(model: Model) -> Mapping[str, Any]:
-    return {**_expert_size(model), **_window(model), "feed_forward_length": _moe(model).intermediate_size}
+    return {**expert_size(model), **_window(model), "feed_forward_length": moe_of(model).intermediate_size}
 
 
 def _both(*extras: Extra) -> Extra:
@@ -462,24 +342,24 @@ _EXTRAS: Mapping[str, Extra] = {
     "granitehybrid": _granite_hybrid,
     "lfm2": _lfm2,
     "lfm2moe": _lfm2_moe,
-    "qwen2moe": _both(_expert_size, _shared_size, _normalising),
-    "qwen3moe": _both(_expert_size, _normalising),
+    "qwen2moe": _both(expert_size, shared_size, normalising),
+    "qwen3moe": _both(expert_size, normalising),
     "qwen3next": _delta_net_experts,
     "qwen35": _both(_delta_net, _qwen35),
     "qwen35moe": _both(_delta_net_experts, _qwen35),
     "olmoe": _olmoe,
     "gpt2": _gpt2,
     "minimax-m2": _minimax,
-    "dots1": _corrected,
+    "dots1": corrected,
     "exaone-moe": _exaone_moe,
     "ernie4_5-moe": _ernie_moe,
     "hunyuan-moe": _hunyuan,
     "llama4": _llama4,
-    "glm4moe": _grouped,
-    "deepseek2": _latent,
-    "mistral4": _mistral4,
-    "deepseek32": _indexed,
-    "glm-dsa": _glm_dsa,
-    "bailingmoe3": _bailing3,
+    "glm4moe": grouped,
+    "deepseek2": latent,
+    "mistral4": mistral4,
+    "deepseek32": indexed,
+    "glm-dsa": glm_dsa,
+    "bailingmoe3": bailing3,
     "gpt-oss": _gpt_oss,
 }

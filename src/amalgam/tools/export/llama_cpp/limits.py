@@ -24,6 +24,7 @@ _NO_BIASES = {
     "lfm2": r".*\.shortconv\..*\.bias",
     "seed_oss": r".*\.(attn_output|ffn_\w+)\.bias",
 }
+_LEAST_INDEX_DIM = 64  # it turns their heads by a Hadamard matrix of their size, the smallest of which is 64 by 64
 _NO_WINDOWS = ("llama", "mistral3", "phi3", "qwen2", "starcoder2")
 
 
@@ -40,6 +41,10 @@ def check_limits(architecture: str, model: Model, tensors: Iterable[str]) -> lis
     net = next(model.blocks(DeltaNet), None)
     if net is not None and net.key_dim != net.value_dim:
         _refuse(architecture, f"one size of keys and values in delta nets, not {net.key_dim} and {net.value_dim}")
+    indexers = (getattr(layer.attention, "indexer", None) for layer in model.spec.layers)
+    dims = {indexer.head_dim for indexer in indexers if indexer is not None}
+    if any(dim < _LEAST_INDEX_DIM or dim & (dim - 1) for dim in dims):
+        _refuse(architecture, f"indexers with heads of 64 numbers, 128, 256 and so on, not {min(dims)}")
     if getattr(model.attention, "clip", None) is not None:
         _refuse(architecture, "no limit of queries, keys and values (clip_qkv)")
     sparse = model.spec.moe_layer_ids
