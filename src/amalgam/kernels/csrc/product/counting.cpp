@@ -148,7 +148,7 @@ void gate(const GateArgs& args, int64_t first, int64_t end) {
 const Kernels kCountingKernels = {"counting", nullptr,   convert, product, gate_up,    combine,
                                   expand,     rms_norm,  rotate,  swiglu,  layer_norm, elementwise,
                                   scale_rows, boltzmann, nullptr, nullptr};
-const AttentionKernels kCountingAttention = {"counting", scratch_floats, attend, merge};
+const AttentionKernels kCountingAttention = {"counting", scratch_floats, attend, merge, nullptr};
 const GatedKernels kCountingGated = {"counting", convolve, delta_rule, delta_scratch, gate};
 
 }  // namespace amalgam
