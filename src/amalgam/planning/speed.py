@@ -17,9 +17,7 @@ import torch
 
 from amalgam.composition.progress import Progress
 from amalgam.evaluation.running import BLOCK_SIZE, Contestant
-from amalgam.kernels.backends import choose_backend
-from amalgam.kernels.backends.cpu.operators import CpuOperators
-from amalgam.kernels.backends.reference.operators import Operators
+from amalgam.kernels.backends import choose_backend, operators_of
 from amalgam.kernels.packed import PackedWeight
 from amalgam.kernels.step import SequenceState, StepContext, StepSequence
 from amalgam.models.decoder import Decoder
@@ -112,7 +110,7 @@ def step_seconds(decoder: Decoder, version: WeightVersion) -> float:
 def _seconds(weight: PackedWeight, dtype: torch.dtype, device: torch.device) -> float:
     """Of a product of one row with a weight, read from memory."""
     copies = copies_beyond_caches(weight)
-    operators = CpuOperators if device.type == "cpu" else Operators
+    operators = operators_of(device)
     x = torch.ones((1, weight.shape[1]), dtype=dtype, device=device)
     best = []
     for _ in range(_ROUNDS):

@@ -12,9 +12,20 @@ import torch
 from amalgam.kernels.backends.base import ActivationType, Backend, Compiled, Tables
 from amalgam.kernels.backends.cpu import extension
 from amalgam.kernels.backends.cpu.backend import CpuBackend
+from amalgam.kernels.backends.cpu.operators import CpuOperators
 from amalgam.kernels.backends.reference.interpreter import ReferenceBackend
+from amalgam.kernels.backends.reference.operators import Operators
 
-__all__ = ["ActivationType", "Backend", "Compiled", "Tables", "choose_backend", "why_no_triton", "why_not_compiled"]
+__all__ = [
+    "ActivationType",
+    "Backend",
+    "Compiled",
+    "Tables",
+    "choose_backend",
+    "operators_of",
+    "why_no_triton",
+    "why_not_compiled",
+]
 
 
 def choose_backend(dtype: torch.dtype, device: torch.device) -> Backend:
@@ -45,4 +56,17 @@ def why_no_triton(device: torch.device) -> str | None:
         return f"{device} is not in this machine"
     if torch.version.cuda is None or torch.cuda.get_device_capability(device) < (8, 0):
         return "they are for CUDA devices of compute capability 8.0 (A100) and above"
-    return None
+    from amalgam.kernels.backends.triton.launching import why_no_launch
+
+    return why_no_launch()
+
+
+def operators_of(device: torch.device) -> type[Operators]:
+    """What multiplies on a device, one product at a time."""
+    if device.type == "cpu":
+        return CpuOperators
+    if why_no_triton(device) is None:
+        from amalgam.kernels.backends.triton.operators import TritonOperators
+
+        return TritonOperators
+    return Operators

@@ -5,6 +5,7 @@ In: tensors. Out: the device they are launched on; functions for use inside kern
 
 from __future__ import annotations
 
+import functools
 from contextlib import AbstractContextManager, nullcontext
 
 import torch
@@ -23,6 +24,22 @@ def runs_on(*tensors: Tensor) -> bool:
     """Whether kernels can read these tensors: all on one CUDA device, or under the interpreter on the CPU."""
     kind = "cpu" if IS_INTERPRETED else "cuda"
     return all(tensor.device.type == kind and tensor.device == tensors[0].device for tensor in tensors)
+
+
+@functools.cache
+def why_no_launch() -> str | None:
+    """Why Triton cannot launch anything in this environment; None if it can, or interprets.
+
+    What reads a launch's arguments is C, which is compiled where it runs, once: that wants a compiler, and Python's
+    headers. Better known before a step needs it.
+    """
+    if IS_INTERPRETED:
+        return None
+    try:
+        triton.runtime.driver.active.utils  # noqa: B018, which builds it
+    except Exception as error:  # of whatever was missing: a compiler, a header, the driver's library
+        return f"Triton takes a C compiler and Python's headers, and failed with {type(error).__name__}: {error}"
+    return None
 
 
 def on_device_of(tensor: Tensor) -> AbstractContextManager[object]:
