@@ -5,6 +5,7 @@ In: a name of `amalgam.config.devices`. Out: a `torch.device`, its free memory. 
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -28,7 +29,9 @@ def name_of(device: torch.device) -> str:
 def free_bytes(device: torch.device) -> int:
     """Memory that can still be taken on a device."""
     if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
+        # What PyTorch holds for tensors to come, which those of a version that has gone were in, is free as well.
+        held = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return torch.cuda.mem_get_info(device)[0] + held
     return detect_machine().available_bytes
 
 
@@ -38,7 +41,14 @@ def uploading(device: torch.device) -> Iterator[None]:
     if device.type != "cuda":
         yield
         return
-    stream = torch.cuda.Stream(device)
+    stream = _upload_stream(device)
     with torch.cuda.stream(stream):
         yield
     stream.synchronize()
+
+
+@functools.cache
+def _upload_stream(device: torch.device) -> torch.cuda.Stream:
+    """One for all threads and weights: memory that is freed serves the stream again that it was taken in, and of the
+    32 streams that PyTorch hands out in turns none may be one in which a step is recorded."""
+    return torch.cuda.Stream(device)
