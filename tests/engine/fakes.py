@@ -46,6 +46,9 @@ class FakeDecoder:
         self.on_step = lambda token_ids: None
         self.nan_token = None
 
+    def prepare(self, weights, kv):
+        self.compile(weights)
+
     def compile(self, weights):
         return SimpleNamespace(describe=dict, hidden=lambda: self.hidden, head=self.head)
 

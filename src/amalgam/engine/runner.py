@@ -83,7 +83,7 @@ class Runner:
 
     def prepare(self, version: WeightVersion) -> None:
         """Make a version ready to run, so that its first step takes no longer than others. In any thread."""
-        self._decoder.compile(version)
+        self._decoder.prepare(version, self._kv)
 
     def kernels(self, version: WeightVersion) -> dict[str, str]:
         """Instruction of a step → what runs it."""

@@ -21,7 +21,7 @@ from amalgam.kernels.backends.split.traffic import Traffic
 from amalgam.kernels.devices import torch_device
 from amalgam.kernels.packed import PackedWeight
 from amalgam.kernels.program import Add, Embed, Emitter, Head, Instruction, Program, Rows, Scale
-from amalgam.kernels.step import StepContext
+from amalgam.kernels.step import Cache, StepContext
 from amalgam.models.rope import Rope
 from amalgam.models.spec import ModelSpec
 from amalgam.models.weights import WeightVersion
@@ -63,6 +63,10 @@ class Decoder:
             compiled = self.backend.compile(program, self.tables(weights))
             self._compiled[weights] = compiled
         return compiled
+
+    def prepare(self, weights: WeightVersion, kv: Cache) -> None:
+        """Let a version's first step over a cache take no longer than others. Any thread, before it goes live."""
+        self.compile(weights).warm_up(kv)
 
     @property
     def traffic(self) -> Mapping[str, Traffic]:

@@ -41,7 +41,7 @@ class TableDecoder:
             vocab_size=len(table), kv_shapes=((1, 1, 1),), index_dims=(0,), state_shapes=(None,), state_bytes=0
         )
 
-    def compile(self, version: Any) -> None:
+    def prepare(self, version: Any, kv: Any) -> None:
         pass
 
     def forward(self, context: StepContext, version: Any) -> torch.Tensor:

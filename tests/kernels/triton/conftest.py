@@ -11,18 +11,22 @@ import os
 
 import pytest
 
-HAS_TRITON = importlib.util.find_spec("triton") is not None
 
-IS_INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+@pytest.hookimpl(trylast=True)
+def pytest_configure() -> None:
+    """Behind the hook that chooses: files of this folder that are named on the command line bring it along first."""
+    if importlib.util.find_spec("triton") is not None and is_interpreted():
+        from tests.kernels.triton.interpreter import patch_once
 
-if HAS_TRITON and IS_INTERPRETED:
-    from tests.kernels.triton.interpreter import patch_once
-
-    patch_once()
+        patch_once()
 
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_runtest_setup(item: pytest.Item) -> None:
     """Before fixtures: theirs need the interpreter, too."""
-    if not IS_INTERPRETED and item.get_closest_marker("gpu") is None:
+    if not is_interpreted() and item.get_closest_marker("gpu") is None:
         pytest.skip("kernels are compiled; TRITON_INTERPRET=1 has them interpreted")
+
+
+def is_interpreted() -> bool:
+    return os.environ.get("TRITON_INTERPRET") == "1"

@@ -8,12 +8,19 @@ import pytest
 import torch
 from torch import Tensor
 
-from amalgam.kernels.step import LayerCache, SequenceState, StepContext, StepSequence
+from amalgam.kernels.step import Cache, LayerCache, SequenceState, StepContext, StepSequence
 from amalgam.models.kv_cache import KVCache
 
 pytest.importorskip("triton")
 
-from amalgam.kernels.backends.triton.graphs import SIZES, CapturedProgram, Outputs, RecordedStep, Recordings
+from amalgam.kernels.backends.triton.graphs import (
+    SIZES,
+    WARMING_LENGTHS,
+    CapturedProgram,
+    Outputs,
+    RecordedStep,
+    Recordings,
+)
 from tests.kernels.triton.backend import CPU, Again, Repeater
 
 BLOCK_SIZE, NUM_BLOCKS = 2, 20
@@ -55,6 +62,9 @@ class Summing:
 
     def head(self, hidden: Tensor) -> Tensor:
         return hidden * self.weight
+
+    def warm_up(self, kv: Cache) -> None:
+        raise AssertionError("whoever records it warms it up")
 
     def describe(self) -> dict[str, str]:
         return {"sum": "torch"}
@@ -155,6 +165,34 @@ def test_each_size_and_each_cache_is_recorded_once() -> None:
         for count in (1, 2, 3, 4):
             program.run(step_of(kv, *(StepSequence([1], 0, [index], 1) for index in range(count))))
     assert recordings.num_recorded == 6
+
+
+def test_recordings_leave_their_logits_in_one_place() -> None:
+    program, _, repeater = captured()
+    kv = new_cache()
+    for count in (1, 3):
+        program.run(step_of(kv, *(StepSequence([5], 0, [index], 1) for index in range(count))))
+    one, other = (recording.outputs.logits for recording in repeater.recordings)
+    assert one.data_ptr() == other.data_ptr() and (len(one), len(other)) == (1, 4)
+
+
+def test_a_version_is_warmed_up_once_for_each_cache_and_writes_nothing() -> None:
+    own = torch.tensor([5.0])
+    plain, (_, recordings, _) = Summing(own), captured()
+    program = CapturedProgram(plain, recordings, (own,))
+    caches = new_cache(), new_cache()
+    for kv in (*caches, *caches):
+        kv.layers[0].keys.fill_(9)
+        program.warm_up(kv)
+        assert (kv.layers[0].keys == 9).all()
+    assert plain.seen == 2 * [[length] for length in WARMING_LENGTHS if length <= 16]
+    assert recordings.num_recorded == 0
+
+    # A version that differs in where its experts lie needs nothing more; of one that is not recorded nothing is run.
+    second, third = Summing(own), Summing(own)
+    CapturedProgram(second, recordings, (own,)).warm_up(caches[0])
+    CapturedProgram(third, None, reason="states").warm_up(caches[0])
+    assert not second.seen and not third.seen
 
 
 @pytest.mark.parametrize(

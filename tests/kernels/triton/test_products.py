@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import random as random_numbers
 import weakref
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -184,3 +185,15 @@ def test_what_no_kernel_reads() -> None:
     assert torch.equal(TritonOperators.linear(x, weight), reference.linear(x, weight))
     codes = every_layout((16, 64))["codebooks-2x8-8"]
     assert TritonWeight.of(codes) is codes
+
+
+def test_threads_do_not_count_together() -> None:
+    """Ranges that have arrived are counted in the card's memory, and another thread may launch on another stream."""
+    weight = ready(dense((64, 1024), torch.bfloat16))
+    (stack,) = products.stacks_of((weight,), (None,))
+    ours = stack.arrived()
+    with ThreadPoolExecutor(1) as pool:
+        theirs = pool.submit(stack.arrived).result()
+    assert len(ours) and stack.arrived() is ours and theirs is not ours
+    TritonOperators.linear(random(1, 1024).bfloat16(), weight)
+    assert not ours.any()

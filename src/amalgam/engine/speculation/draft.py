@@ -97,7 +97,7 @@ class DraftProposer:
 
     def set_version(self, version: WeightVersion) -> None:
         """Guess with other weights of the same model from the next step on. Any thread."""
-        self._decoder.compile(version)
+        self._decoder.prepare(version, self._kv)
         self._weights = self._weights[0] + 1, version
 
     def propose(self, wanted: Sequence[Wanted]) -> Mapping[int, Sequence[int]]:

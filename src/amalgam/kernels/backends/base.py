@@ -14,7 +14,7 @@ from torch import Tensor
 
 from amalgam.kernels.packed import Activation, ExpertTable, PackedWeight
 from amalgam.kernels.program import Instruction, Mix, Program
-from amalgam.kernels.step import StepContext
+from amalgam.kernels.step import Cache, StepContext
 
 # cos and sin of all positions, contiguous float32 `[positions, r / 2]`, one pair for each rope of a program.
 Tables = Sequence[tuple[Tensor, Tensor]]
@@ -40,6 +40,10 @@ class Compiled(Protocol):
 
     def head(self, hidden: Tensor) -> Tensor:
         """float32 logits `[rows, vocabulary]` of such rows, the same bits as `run` gives."""
+
+    def warm_up(self, kv: Cache) -> None:
+        """Make now what the first steps over a cache would else wait for. Any thread, before the program's first step;
+        beside another program's steps, and nothing of the cache is written."""
 
     def describe(self) -> dict[str, str]:
         """Instruction → what runs it and where; for people."""

@@ -26,7 +26,7 @@ from amalgam.kernels.backends.reference.execution import execute, logits_of
 from amalgam.kernels.backends.reference.frame import Frame
 from amalgam.kernels.chosen import chooses
 from amalgam.kernels.program import Choose, Instruction, Mix, Rows, WeighInput
-from amalgam.kernels.step import StepContext
+from amalgam.kernels.step import Cache, StepContext
 
 # Instructions [first, end) of the native program, or one for the interpreter with its last route.
 _Part = tuple[int, int] | tuple[Instruction, int]
@@ -95,6 +95,9 @@ class CpuProgram:
     def is_one_call(self) -> bool:
         """Whether the extension runs the whole step, if no token has positions to choose from."""
         return len(self._parts_without_choice) == 1 and isinstance(self._parts_without_choice[0][0], int)
+
+    def warm_up(self, kv: Cache) -> None:
+        pass
 
     def describe(self) -> dict[str, str]:
         native = f"native ({extension.isa()})"

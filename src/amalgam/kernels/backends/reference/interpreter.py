@@ -19,7 +19,7 @@ from amalgam.kernels.backends.reference.frame import Frame, Watch
 from amalgam.kernels.backends.reference.operators import Operators
 from amalgam.kernels.packed import Activation, ExpertTable, PackedWeight
 from amalgam.kernels.program import Instruction, Program
-from amalgam.kernels.step import StepContext
+from amalgam.kernels.step import Cache, StepContext
 
 
 class ByOperators:
@@ -117,6 +117,9 @@ class Interpreted:
 
     def head(self, hidden: Tensor) -> Tensor:
         return logits_of(self._program.head, hidden, self._operators)
+
+    def warm_up(self, kv: Cache) -> None:
+        pass
 
     def describe(self) -> dict[str, str]:
         return describe(

@@ -49,7 +49,11 @@ def span(position, count, window, chunk, split, BLOCK_N: tl.constexpr, SPLITS: t
     return start, end, parts
 
 
-@triton.jit(do_not_specialize=["num_tiles", "table_stride", "window", "chunk"])
+# Where a step's tensors begin, and how many rows it has, compiles nothing anew: else any step might have to wait.
+@triton.jit(
+    do_not_specialize=["num_tiles", "table_stride", "window", "chunk"],
+    do_not_specialize_on_alignment=["tiles", "tables"],
+)
 def attend(
     query,
     keys,
@@ -191,7 +195,7 @@ def attend(
     tl.store(at_out, rounded(result, out.dtype.element_ty), is_real[:, None] & (of_value < VALUE_DIM)[None, :])
 
 
-@triton.jit(do_not_specialize=["num_tiles", "num_splits", "window", "chunk"])
+@triton.jit(do_not_specialize=["num_tiles", "num_splits", "window", "chunk"], do_not_specialize_on_alignment=["tiles"])
 def combine(
     partial,
     peaks,

@@ -19,24 +19,35 @@ over those that the recordings read, in the order of the stream.
 
 What is not recorded runs as before: prompts, steps with recurrent states, and programs with an instruction that asks
 the host (`reason`).
+
+Before a version goes live, steps that write nowhere have its kernels compiled (`warm_up`): a variant takes seconds, and
+a step that came upon one would hold up all streams.
 """
 
 from __future__ import annotations
 
+import functools
 import logging
-from collections.abc import Callable, Sequence
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import NamedTuple, Protocol
-from weakref import WeakKeyDictionary
+from weakref import WeakKeyDictionary, WeakSet
 
 import torch
 from torch import Tensor
 
 from amalgam.kernels.backends.base import Compiled
+from amalgam.kernels.backends.triton import sampling
 from amalgam.kernels.backends.triton.batches import MOST_SINGLE, TokenBatch
 from amalgam.kernels.step import AttentionBatch, Cache, Observer, StepContext, StepSequence
 
 SIZES = (1, 2, 4, *range(8, 129, 8))
+# Tokens of steps that need, together, every kernel that a model launches: a tile's rows are a power of two, and the
+# tallest tiles, of the experts of the models with the most of them, come with 768 tokens.
+WARMING_LENGTHS = (1, 16, 32, 64, 128, 256, 512, 1024)
 _NOWHERE = -1
 
 logger = logging.getLogger("amalgam.models")
@@ -78,15 +89,14 @@ class CudaRecorder:
         self._pool: torch.cuda.MemPool | None = None  # which stays when the last of its recordings goes
 
     def record(self, work: Callable[[], Outputs], device: torch.device) -> Recording:
-        with torch.cuda.device(device):
+        with _RECORDING, torch.cuda.device(device):
             before = torch.cuda.current_stream()
             try:
-                return self._captured(work)
+                return self._captured(work, _side_stream(device))
             finally:  # a capture that fails at its end leaves the thread on its stream
                 torch.cuda.set_stream(before)
 
-    def _captured(self, work: Callable[[], Outputs]) -> Recording:
-        stream = torch.cuda.Stream()
+    def _captured(self, work: Callable[[], Outputs], stream: torch.cuda.Stream) -> Recording:
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
             work()  # compiles kernels, which a capture must not
@@ -95,10 +105,35 @@ class CudaRecorder:
         if self._pool is None:
             self._pool = torch.cuda.MemPool()
         pool = torch.cuda._POOL_HANDLE(self._pool.id)
-        # Other threads go on allocating and copying: they build weight versions.
-        with torch.cuda.graph(graph, pool=pool, stream=stream, capture_error_mode="thread_local"):
-            outputs = work()
+        try:
+            # Other threads go on allocating and copying: they build weight versions.
+            with torch.cuda.graph(graph, pool=pool, stream=stream, capture_error_mode="thread_local"):
+                outputs = work()
+        except BaseException:
+            self._give_up(graph, pool)
+            raise
         return _CudaRecording(graph, outputs)
+
+    def _give_up(self, graph: torch.cuda.CUDAGraph, pool: tuple[int, int]) -> None:
+        """A capture has failed. PyTorch then may not have ended to allocate for it, and would take the pool for busy
+        and defer what it frees; and it goes on to ask the graph which streams are its own."""
+        with suppress(RuntimeError):  # it has ended
+            torch._C._cuda_endAllocateToPool(torch.cuda.current_device(), pool)
+        _FAILED.append((graph, self._pool))
+        self._pool = None
+
+
+# One capture at a time in a process: PyTorch's rule, and the stream has room for one.
+_RECORDING = threading.Lock()
+_FAILED: list[tuple[torch.cuda.CUDAGraph, torch.cuda.MemPool | None]] = []
+
+
+@functools.cache
+def _side_stream(device: torch.device) -> torch.cuda.Stream:
+    """Where steps of a device are recorded. PyTorch hands out 32 streams in turns: one made for each recording would
+    sooner or later be another thread's, whose copies the capture would take along; and what a library keeps for each
+    stream, some MB, would be kept 32 times."""
+    return torch.cuda.Stream(device)
 
 
 @dataclass(frozen=True, eq=False)
@@ -197,6 +232,23 @@ class RecordedStep(StepContext):
         return TokenBatch(nothing, nothing, self.buffers.tables, self.kv.block_size, tiles=self.buffers.rows[2:])
 
 
+@dataclass(frozen=True)
+class UnwrittenStep(StepContext):
+    """A step whose keys and values go nowhere: it is run for what running it makes."""
+
+    @cached_property
+    def slot_ids(self) -> Tensor:
+        return torch.full_like(super().slot_ids, _NOWHERE)
+
+
+def warming_steps(kv: Cache, max_positions: int) -> Iterator[UnwrittenStep]:
+    """One sequence each, which reads whatever is in the cache's first block."""
+    for length in WARMING_LENGTHS:
+        if length <= max_positions:
+            blocks = [0] * -(-length // kv.block_size)
+            yield UnwrittenStep([StepSequence([0] * length, 0, blocks, 1)], kv)
+
+
 class _Kept:
     """Keeps the tensors of the routing, which every replay writes anew."""
 
@@ -251,8 +303,16 @@ class Recordings:
         self._program = program
         self._recorder = recorder
         self._max_positions = max_positions
+        self._warm: WeakSet[Cache] = WeakSet()
         self._taken: WeakKeyDictionary[Cache, dict[int, _Taken]] = WeakKeyDictionary()
         self._owner: Sequence[Tensor] | None = None
+        self._logits: Tensor | None = None
+
+    def warming_steps(self, kv: Cache) -> Iterator[StepContext]:
+        """What has to be run over a cache so that no kernel is left to be compiled; nothing the second time."""
+        if kv not in self._warm:
+            yield from warming_steps(kv, self._max_positions)
+            self._warm.add(kv)
 
     def takes(self, step: StepContext) -> bool:
         """Whether a step can be replayed: few tokens, a few for each sequence, and no recurrent state."""
@@ -303,11 +363,18 @@ class Recordings:
         def work() -> Outputs:
             kept = _Kept()
             step = RecordedStep((), kv, kept, buffers=buffers)
-            logits = self._program.run(step)
+            logits = self._kept(self._program.run(step))
             return Outputs(logits, self._program.hidden(), tuple(kept.routing))
 
         self.num_recorded += 1
         return _Taken(buffers, self._recorder.record(work, kv.device))
+
+    def _kept(self, logits: Tensor) -> Tensor:
+        """Logits where all recordings leave theirs. Of a vocabulary of 150,000, 128 rows are 80 MB: each recording with
+        memory of its own for them would be nine times that."""
+        if self._logits is None:
+            self._logits = logits.new_empty((self.sizes[-1], logits.shape[1]))
+        return self._logits[: len(logits)].copy_(logits)
 
 
 class CapturedProgram:
@@ -345,6 +412,14 @@ class CapturedProgram:
         if step.observer is not None and outputs.routing:
             _show(outputs, num_rows, step.observer)
         return _wanted(outputs.logits, step.sequences, num_rows)
+
+    @torch.inference_mode()
+    def warm_up(self, kv: Cache) -> None:
+        """See `Compiled`. Of what can be recorded: of other programs a step would leave states."""
+        for step in () if self._recordings is None else self._recordings.warming_steps(kv):
+            logits = self._program.run(step)
+            if sampling.supports(logits):
+                sampling.draw(logits, [(0, 0.0, 1.0, 0.0, 0.0)])
 
     def hidden(self) -> Tensor:
         return self._program.hidden() if self._hidden is None else self._hidden

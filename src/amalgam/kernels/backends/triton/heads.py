@@ -236,7 +236,7 @@ def weighted(x, weight, factor, kind, ROUNDS_LAST: tl.constexpr):
     return rounded(rounded(x * factor, kind).to(tl.float32) * weight, kind).to(tl.float32)
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=["slots"])
 def place_heads(
     query,
     key,

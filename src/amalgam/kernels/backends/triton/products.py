@@ -10,8 +10,9 @@ program does it all, in the same order.
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from weakref import WeakKeyDictionary, ref
 
 import torch
@@ -128,7 +129,7 @@ def linear_kernel(
         tl.store(where, rounded(result, out.dtype.element_ty), mask=is_output[:, None] & is_row[None, :])
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=["ids"])
 def embedding_kernel(
     ids,  # int64 [rows]
     table,  # int64 [FIELDS, 1]
@@ -173,7 +174,6 @@ class Stack:
         heights: rows of each.
         table: int64 `[FIELDS, weights]`, on the device.
         ranges: into how many the inputs are parted.
-        arrived: int32 zeros, which every launch leaves as it found them; no two run at the same time.
         kept: what the table points to, and the biases as they were given, whose addresses tell stacks apart.
     """
 
@@ -183,8 +183,20 @@ class Stack:
     table: Tensor
     has_bias: bool
     ranges: int
-    arrived: Tensor
     kept: tuple[Tensor, ...]
+    _arrived: dict[int, Tensor] = field(default_factory=dict, init=False)
+
+    def arrived(self) -> Tensor:
+        """int32 zeros, which every launch leaves as it found them: no two may run at the same time. Those of one thread
+        do not. Another one's may, which compares versions, or prepares one, beside the thread that runs steps."""
+        thread = threading.get_ident()
+        found = self._arrived.get(thread)
+        if found is None:
+            # Enough for the smallest tiles.
+            most = _MOST_ROWS_IN_RANGES // 8 * sum(-(-height // 32) for height in self.heights)
+            size = most if self.ranges > 1 else 0
+            found = self._arrived[thread] = torch.zeros(size, dtype=torch.int32, device=self.table.device)
+        return found
 
 
 # By the first weight: the others that it was asked for with, and their stacks.
@@ -220,10 +232,7 @@ def _stack(kind: Kind, weights: Sequence[PackedWeight], biases: Sequence[Tensor 
     table = torch.tensor(columns, dtype=torch.int64).t().contiguous().to(kept[0].device)
     kind = in_steps(kind, step_of([kind]))
     has_bias = any(bias is not None for bias in wide)
-    ranges = _ranges_of(kind, heights)
-    most = _MOST_ROWS_IN_RANGES // 8 * sum(-(-height // 32) for height in heights)  # in the smallest tiles
-    arrived = torch.zeros(most if ranges > 1 else 0, dtype=torch.int32, device=table.device)
-    return Stack(kind, places, heights, table, has_bias, ranges, arrived, tuple(kept))
+    return Stack(kind, places, heights, table, has_bias, _ranges_of(kind, heights), tuple(kept))
 
 
 def _ranges_of(kind: Kind, heights: Sequence[int]) -> int:
@@ -282,7 +291,7 @@ def _multiply(x: Tensor, stack: Stack, out_dtype: torch.dtype) -> list[Tensor]:
         tile = tile_for(num_rows, kind, is_wide=compute == tl.float32)
         grid = [-(-num_rows // tile.rows), sum(-(-height // tile.outputs) for height in stack.heights), 1]
         is_apart = stack.ranges > 1 and num_rows <= _MOST_ROWS_IN_RANGES
-        sums = stack.arrived
+        sums = arrived = stack.arrived()
         if is_apart:
             grid[2] = stack.ranges
             sums = torch.empty(grid[0] * grid[1] * grid[2] * tile.rows * tile.outputs, device=x.device)
@@ -292,7 +301,7 @@ def _multiply(x: Tensor, stack: Stack, out_dtype: torch.dtype) -> list[Tensor]:
                 stack.table,
                 flat,
                 sums,
-                stack.arrived,
+                arrived,
                 num_rows,
                 x.stride(0),
                 NUM=len(stack.heights),

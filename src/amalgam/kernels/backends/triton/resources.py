@@ -74,11 +74,15 @@ def _source(variant: Variant, capability: int) -> ASTSource:
     """As the launcher would describe it: pointers and sizes divisible by 16, where the kernel does not decline."""
     kernel = variant.kernel
     types = {name: variant.signature.get(name, "constexpr") for name in kernel.arg_names}
-    declined = {parameter.name for parameter in kernel.params if parameter.do_not_specialize}
+    declined = {
+        parameter.name
+        for parameter in kernel.params
+        if parameter.do_not_specialize or parameter.do_not_specialize_on_alignment
+    }
     places = [
         place
         for place, (name, kind) in enumerate(types.items())
-        if name in variant.signature and (kind.startswith("*") or (kind.startswith("i") and name not in declined))
+        if name in variant.signature and name not in declined and kind[0] in "*i"
     ]
     constants = {name: _on_card(value, capability) for name, value in variant.constants.items()}
     return ASTSource(kernel, types, constants, {(place,): _DIVISIBLE for place in places})
