@@ -50,7 +50,7 @@ sanitize: ## the tests that run the kernels, under AddressSanitizer
 	for isa in amx avx512 avx2 portable amx_emulated; do \
 	  LD_PRELOAD="$$(gcc -print-file-name=libasan.so) $$(gcc -print-file-name=libstdc++.so.6)" \
 	  ASAN_OPTIONS=detect_leaks=0 AMALGAM_NATIVE_ISA=$$isa build/sanitize/bin/python -m pytest -q tests/kernels \
-	  tests/models/test_program.py tests/composition/test_packed_cache.py tests/composition/test_composition.py \
+	  tests/models/program tests/composition/packed_cache tests/composition/test_composition.py \
 	  tests/engine/test_sampler.py || exit 1; \
 	done
 

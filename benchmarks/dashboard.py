@@ -34,9 +34,9 @@ from rich.console import Console
 from rich.table import Table
 from tests.server.browser import Page, open_browser
 from tests.server.conftest import serving, wait_until
+from tests.server.dashboard.looking import UPDATE_OFTEN
 from tests.server.fakes import fake_settings
 from tests.server.large import NUM_EXPERTS, NUM_LAYERS, TOP_K, LargeDeployment
-from tests.server.test_dashboard_page import UPDATE_OFTEN
 
 from amalgam.experts.statistics import grid
 from amalgam.experts.tracker import ExpertTracker

@@ -67,13 +67,14 @@ class Page:
 
     def wait(self, condition: str | Callable[[], Any], *arguments: Any) -> Any:
         """Wait until a script or a function gives something truthy, and return that."""
-        deadline = time.monotonic() + WAIT_SECONDS
+        deadline, pause = time.monotonic() + WAIT_SECONDS, 0.02
         while True:
             result = condition() if callable(condition) else self.run(condition, *arguments)
             if result:
                 return result
             assert time.monotonic() < deadline, f"waited in vain: {condition}"
-            time.sleep(0.05)
+            time.sleep(pause)
+            pause = min(1.5 * pause, 0.3)  # each look takes the browser some milliseconds
 
     def text(self, selector: str) -> str:
         """The text of the first element."""

@@ -86,6 +86,11 @@ class LargeDeployment(FakeDeployment):
 def make_tracker(num_layers: int = NUM_LAYERS, num_experts: int = NUM_EXPERTS, num_tokens: int = 500) -> ExpertTracker:
     """`num_tokens` random tokens of each label, with some experts more likely than others."""
     tracker = ExpertTracker(range(num_layers), num_experts, TOP_K, StatisticsSettings())
+    count_tokens(tracker, num_layers, num_experts, num_tokens)
+    return tracker
+
+
+def count_tokens(tracker: ExpertTracker, num_layers: int, num_experts: int, num_tokens: int) -> None:
     rng = np.random.default_rng(0)
     for request_id, label in enumerate(LABELS):
         tracker.admit(request_id, label, 0)
@@ -98,7 +103,6 @@ def make_tracker(num_layers: int = NUM_LAYERS, num_experts: int = NUM_EXPERTS, n
             gate_weights = rng.dirichlet(np.ones(TOP_K), num_tokens).astype(np.float32)
             tracker.observe(layer_id, torch.from_numpy(expert_ids), torch.from_numpy(gate_weights))
         tracker.end_step()
-    return tracker
 
 
 if __name__ == "__main__":

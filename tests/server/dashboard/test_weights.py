@@ -1,0 +1,151 @@
+"""Changes of weights that the dashboard makes, follows and takes back."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import httpx
+import pytest
+import torch
+
+from amalgam.composition.loader import ModelLoader
+from amalgam.config.reading import load_settings
+from tests.server.browser import Page
+from tests.server.conftest import serving, wait_until_ready
+from tests.server.dashboard.looking import assert_clean
+from tests.server.fakes import fake_settings
+from tests.server.test_changes import HeldDeployment, held
+
+
+@pytest.mark.usefixtures("without_charts")
+def test_a_staged_change_goes_live_and_is_taken_back(page: Page, demo_url: str, tmp_path: Path) -> None:
+    page.open(demo_url + "/dashboard")
+    version = httpx.get(demo_url + "/", timeout=60).json()["weight_version"]
+    before = httpx.get(demo_url + "/experts/precision_map", timeout=60).json()["sources"]
+    assert page.run("return document.querySelector('#stage-undo').disabled")
+    page.click_cell("precision", 1, 4)
+    page.click_cell("precision", 3, 9, shift=True)
+    page.wait("return document.querySelector('#stage-count').textContent === '2 experts selected'")
+    page.choose("#stage-source", "base")  # nothing comes from there yet
+    page.click("#stage-add")
+    page.wait("return document.querySelectorAll('#stage-list tbody tr').length === 2")
+    page.wait(
+        "return /^Expert weights: .+ → about .+ \\(\\+.+%\\)$/.test(document.querySelector('#stage-size')?.textContent)"
+    )
+    told = (
+        r"^6 weights would change: [\d.]+ KiB to read, at most [\d.]+ KiB of memory \(.+ available\), about .+ m?s\.$"
+    )
+    assert re.match(told, page.text("#stage-plan p:last-child"))
+    page.type("#stage-name", "no name")  # the server tells before it is asked to
+    page.wait("return document.querySelector('#stage-plan .bad')?.textContent.includes('no name')")
+    page.type("#stage-name", "")
+    page.wait("return document.querySelector('#stage-size') !== null")
+    page.click("#stage-apply")
+    page.wait("return document.querySelector('#stage-outcome').textContent.includes('6 weights changed')")
+    assert httpx.get(demo_url + "/", timeout=60).json()["weight_version"] == version + 1
+    sources = httpx.get(demo_url + "/experts/precision_map", timeout=60).json()["sources"]
+    assert sources[1][4] == sources[3][9] == ["base"] * 3
+    page.wait("return document.querySelector('#version').textContent === arguments[0]", f"weights v{version + 1}")
+    page.wait("return document.querySelector('#remap-body').textContent.includes(arguments[0])", f"v{version + 1}")
+    page.show("#serving")
+    page.wait("return document.querySelector('[data-chart=throughput]').layout?.shapes?.length > 0")
+
+    # A restart would forget it, and the page says so; the file that it offers would not.
+    page.wait("return document.querySelector('#stage-kept').textContent.includes('a restart forgets it')")
+    saved = tmp_path / "saved.yaml"
+    saved.write_bytes(httpx.get(page.run("return document.querySelector('#stage-save').href"), timeout=60).content)
+    [choices] = [
+        ModelLoader(s.model, s.inference, torch.device("cpu"), 1).choose() for s in [load_settings(saved, {}, {})]
+    ]
+    names = httpx.get(demo_url + "/experts/precision_map", timeout=60).json()["names"]
+    for row, sources_of_row in zip(names, sources, strict=True):
+        for expert, sources_of_expert in zip(row, sources_of_row, strict=True):
+            assert [choices[name].source for name in expert] == sources_of_expert
+
+    page.click("#stage-undo")
+    page.wait("return document.querySelector('#stage-outcome').textContent.includes('6 weights changed back')")
+    assert httpx.get(demo_url + "/", timeout=60).json()["weight_version"] == version + 2
+    assert httpx.get(demo_url + "/experts/precision_map", timeout=60).json()["sources"] == before
+    page.wait("return document.querySelector('#stage-kept').textContent.startsWith('As the server was started')")
+    assert page.run("return document.querySelector('#stage-undo').disabled")
+    assert_clean(page, demo_url, refused="422")
+
+
+@pytest.mark.usefixtures("without_charts")
+def test_versions_are_kept_compared_and_gone_back_to(page: Page, demo_url: str) -> None:
+    first = httpx.get(demo_url + "/", timeout=60).json()["weight_version"]
+    page.open(demo_url + "/dashboard")
+    page.show("#weights")
+    row = "#versions tr[data-version='{}'] {}"
+    states = "return document.querySelector(arguments[0])?.textContent.includes(arguments[1])"
+    page.wait(states, row.format(first, "td:nth-child(2)"), "current")
+    page.click(row.format(first, "button"))  # pins it
+    page.wait(states, row.format(first, "td:nth-child(2)"), "current, pinned")
+    mapping = {"model.layers.2.mlp.experts.7.*": "base"}
+    httpx.post(demo_url + "/update_weight_mapping", json={"weight_mapping": mapping}, timeout=60).raise_for_status()
+    page.wait(states, row.format(first + 1, "td:nth-child(2)"), "current")
+    page.wait(states, row.format(first, "td:nth-child(2)"), "pinned")
+    page.choose("#difference-before", str(first))
+    page.choose("#difference-after", str(first + 1))
+    page.wait(states, "#difference tbody td:nth-child(2)", "int4 → base")
+    assert page.text("#difference tbody td:nth-child(1)") == "3"
+
+    # The first one gets a name, if it is one.
+    page.choose("#name-version", str(first))
+    for name, selector, told in (("a/b", "#weights-outcome", "a/b"), ("plain", "#versions .name-tag", "“plain”")):
+        page.type("#name-input", name)
+        page.click("#name-give")
+        page.wait(states, selector, told)
+    page.wait("return document.querySelector('#name-input').value === ''")
+    assert page.text("#weights-outcome") == ""
+
+    # A shadow of it begins and ends.
+    page.show("#trials")
+    page.wait("return document.querySelector('#shadow-weights').textContent === arguments[0]", f"v{first} · plain")
+    page.type("#shadow-share", "200")
+    page.click("#shadow-begin")
+    page.wait(states, "#trials .panel-error", "share")
+    page.type("#shadow-share", "20")
+    page.click("#shadow-begin")
+    page.wait("return document.querySelectorAll('#trial-shadow .tile').length === 3")
+    assert "20%" in page.text("#trial-shadow")
+    report = httpx.get(demo_url + "/weights/shadow", timeout=60).json()
+    assert (report["candidate"], report["share"], report["automatic"]) == (first, 0.2, False)
+    page.wait("return !document.querySelector('#shadow-begin').checkVisibility()")
+    page.run("[...document.querySelectorAll('#trial-shadow button')].at(-1).click()")
+    page.wait("return document.querySelector('#shadow-begin').checkVisibility()")
+
+    page.click(row.format(first, "td:last-child button"))  # goes back to it
+    page.wait(states, row.format(first, "td:nth-child(2)"), "current, pinned")
+    assert httpx.get(demo_url + "/", timeout=60).json()["weight_version"] == first
+    page.click(row.format(first, ".name-tag button"))
+    page.click(row.format(first, "td:last-child button"))
+    page.wait("return !document.querySelector(arguments[0]).textContent.match(/pinned|plain/)", row.format(first, ""))
+
+    # The files are read again once it has been seen what that changes.
+    page.click("#reload")
+    page.wait(states, "#reload-plan", "No weight would change.")
+    page.click("#reload-apply")
+    page.wait(states, "#remap-body", "Files read anew")
+    assert_clean(page, demo_url, refused="422")
+
+
+@pytest.mark.usefixtures("without_charts")
+def test_a_change_is_followed_and_cancelled(page: Page) -> None:
+    deployment = HeldDeployment()
+    with serving(fake_settings(port=0), lambda: deployment) as url, held(deployment, after=3):
+        wait_until_ready(url)
+        page.open(url + "/dashboard")
+        page.show("#weights")
+        body = {"weight_mapping": {"a": "int4", "<b>": "fp8"}}
+        change = httpx.post(url + "/weights/changes", json=body, timeout=60).json()
+        page.wait("return document.querySelector('#change progress')?.value === 0.75")
+        assert "Rules" in page.text("#change") and "3 of 4 weights" in page.text("#change")
+        page.click("#change-cancel")
+        page.wait("return document.querySelector('#change').hidden")
+        page.wait("return document.querySelector('#weights-outcome').textContent.includes('cancelled')")
+        assert httpx.get(f"{url}/weights/changes/{change['id']}", timeout=60).json()["state"] == "cancelled"
+        page.show("#remaps")
+        page.wait("return document.querySelectorAll('#remap-body td.warn').length === 1")
+        assert page.complaints == []
