@@ -6,10 +6,12 @@ import contextlib
 import fcntl
 import gc
 import importlib
+import itertools
 import logging
 import multiprocessing
 import os
 import random
+import re
 import shutil
 import signal
 from collections.abc import Callable, Iterator
@@ -26,17 +28,25 @@ from amalgam.composition.quantize import quantize_checkpoint
 from amalgam.engine import core
 from amalgam.formats.grid import QuantizeOptions
 
+# Kernels of a GPU run in Triton's interpreter where there is none. Triton looks when it is imported, which any test may
+# be the first to do; the conftest of its tests looks before any hook is called.
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+
 ROOT = Path(__file__).resolve().parent.parent
 DEMO = ROOT / "models" / "demo"
 
 # Longest first: whoever got one of them last would work alone at the end.
 LONG = (
-    "server/test_dashboard_page.py", "server/test_page.py", "models/test_config_fields.py", "test_readme.py",
-    "cli/test_plan_budget.py", "runtime/test_autoplan.py", "kernels/test_panels.py", "models/test_parity.py",
-    "models/test_program.py", "runtime/test_deployment.py", "test_planning_docs.py", "composition/test_calibrated.py",
-    "server/test_lifecycle.py", "server/test_faults.py", "kernels/test_new_isa.py", "server/test_description.py",
-    "tools/test_estimate.py", "test_llm.py", "cli/test_quantize.py",
+    "models/test_config_fields.py", "server/dashboard/test_whole_page.py", "test_readme.py", "kernels/test_panels.py",
+    "server/dashboard/test_experts.py", "server/dashboard/test_weights.py", "server/chat/test_conversations.py",
+    "cli/test_plan_budget.py", "runtime/test_autoplan.py", "models/test_parity.py", "server/chat/test_surroundings.py",
+    "server/chat/test_answers.py", "server/dashboard/test_absence.py", "server/dashboard/test_playground.py",
+    "models/program/test_families.py", "runtime/test_deployment.py", "test_planning_docs.py",
+    "composition/test_calibrated.py", "server/test_lifecycle.py", "server/test_faults.py", "kernels/test_new_isa.py",
+    "server/test_description.py", "tools/test_estimate.py", "test_llm.py", "cli/test_quantize.py",
 )  # fmt: skip
+FOLDER_NUMBERS = itertools.count()
 CONFIG = """
 model:
   name: demo
@@ -57,17 +67,9 @@ def pytest_configure() -> None:
     torch.set_num_threads(1)
     for name in ("COLUMNS", "LINES"):
         os.environ.pop(name, None)
-    # Kernels of a GPU run in Triton's interpreter where there is none. Triton looks when it is imported, and any test
-    # may be the first.
-    if not torch.cuda.is_available():
-        os.environ.setdefault("TRITON_INTERPRET", "1")
     # Certificates of the world, which no test needs: httpx reads them for each client, in 50 ms.
     os.environ["SSL_CERT_DIR"] = str(ROOT / "tests")
     os.environ.pop("SSL_CERT_FILE", None)  # which would go first
-    # pytest puts its handlers into each logger that does not propagate, six times a test, and torch has forty of them.
-    for name, logger in logging.root.manager.loggerDict.items():
-        if isinstance(logger, logging.Logger) and name.startswith("torch.") and logger.level > logging.DEBUG:
-            logger.propagate = True
     # Requests without a seed of their own draw it from the sequence that each test begins anew.
     core.secrets = SimpleNamespace(randbelow=random.randrange)  # type: ignore[assignment]
     gc.disable()
@@ -105,8 +107,14 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 def pytest_collection_finish() -> None:
-    """Modules and tests stay: to look for garbage among their millions of objects takes a second each time."""
+    """After all imports."""
+    # pytest puts its handlers into each logger that does not propagate, six times a test, and torch has forty of them.
+    for name, logger in logging.root.manager.loggerDict.items():
+        if isinstance(logger, logging.Logger) and name.startswith(("torch", "strobelight")) and "__" not in name:
+            logger.propagate = True
+    # Modules and tests stay: to look for garbage among their millions of objects takes a second each time.
     gc.freeze()
+    gc.unfreeze = lambda: None  # which brings all of it back: a benchmark does at its end
     gc.enable()
 
 
@@ -119,6 +127,15 @@ def pytest_runtest_setup() -> None:
     torch.default_generator.manual_seed(0)
     if torch.cuda.is_initialized():
         torch.cuda.manual_seed_all(0)
+
+
+@pytest.fixture
+def tmp_path(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """As pytest's own, which reads the names of all folders made before in order to find a number that is free."""
+    name = re.sub(r"\W", "_", request.node.name)[:30]
+    folder = tmp_path_factory.getbasetemp() / f"{name}_{next(FOLDER_NUMBERS)}"
+    folder.mkdir(mode=0o700)
+    return folder
 
 
 @pytest.fixture(scope="session")

@@ -137,8 +137,7 @@ def test_a_hostile_answer_does_not_stop_the_page(page: Page, model: ScriptedMode
         model.scripts[f"q{index}"] = [Script([text])]
         page.click("#new")  # what the page has to draw again is this text alone
         say(page, f"q{index}")
-        assert page.count(".assistant") == 1
-        assert page.text(".assistant .markdown")
+        assert page.count(".assistant .markdown > *") > 0
 
 
 def tool_call(index: int, call_id: str, name: str, arguments: str) -> dict[str, Any]:
