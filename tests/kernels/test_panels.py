@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import gc
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from functools import cache
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ from torch import Tensor
 from amalgam.config.environment import NATIVE_ISAS
 from amalgam.kernels.backends.cpu import extension, panels
 from amalgam.kernels.backends.cpu.operators import CpuOperators
+from amalgam.kernels.backends.cpu.panels import ActivationType
 from amalgam.kernels.backends.reference import operators as reference
 from amalgam.kernels.layouts import (
     DENSE,
@@ -54,6 +56,12 @@ pytestmark = pytest.mark.skipif(not extension.is_available(), reason=str(extensi
 
 def activations(rows: int, columns: int, dtype: torch.dtype, seed: int = 1) -> Tensor:
     return torch.randn((rows, columns), generator=torch.Generator().manual_seed(seed)).to(dtype)
+
+
+@cache
+def every_panel(shape: tuple[int, int], isa: str, activation: ActivationType = "int8") -> Mapping[str, PackedWeight]:
+    """Name → panels, for each layout; made once for each instruction set, and left as they are."""
+    return {name: prepare(weight, activation) for name, weight in every_layout(shape).items()}
 
 
 def exact(x: Tensor, weight: PackedWeight, bias: Tensor | None = None) -> Tensor:
@@ -128,11 +136,10 @@ def test_the_whole_range_of_bf16_can_be_coded() -> None:
 
 
 @pytest.mark.parametrize("shape", SHAPES)
-@pytest.mark.usefixtures("isa")
-def test_linear_means_what_the_reference_says(shape: tuple[int, int]) -> None:
+def test_linear_means_what_the_reference_says(isa: str, shape: tuple[int, int]) -> None:
     inputs = {(rows, dtype): activations(rows, shape[1], dtype) for rows in ROWS for dtype in TOLERANCE}
     for name, weight in every_layout(shape).items():
-        packed, values = prepare(weight), weight.dequantize(torch.float64).T
+        packed, values = every_panel(shape, isa)[name], weight.dequantize(torch.float64).T
         for (rows, dtype), x in inputs.items():
             result = linear(x, packed)
             assert result.dtype == dtype and result.shape == (rows, shape[0])
@@ -141,14 +148,10 @@ def test_linear_means_what_the_reference_says(shape: tuple[int, int]) -> None:
             assert error(result, x.double() @ values) < tolerance, (name, rows, dtype)
 
 
-@pytest.mark.usefixtures("isa")
-def test_several_weights_in_one_call_give_what_each_gives_alone() -> None:
+def test_several_weights_in_one_call_give_what_each_gives_alone(isa: str) -> None:
     """All layouts at once, gathered ones among them, of different heights and with and without biases."""
-    layouts = [
-        prepare(weight)
-        for shape in (BLOCKS, (5, BLOCKS[1]), (70, BLOCKS[1]))
-        for weight in every_layout(shape).values()
-    ]
+    shapes = BLOCKS, (5, BLOCKS[1]), (70, BLOCKS[1])
+    layouts = [packed for shape in shapes for packed in every_panel(shape, isa).values()]
     biases = [None if index % 3 else torch.randn(weight.shape[0]) for index, weight in enumerate(layouts)]
     types = (*TOLERANCE, torch.float16)
     for rows in (0, 1, 3, 9, 130):
@@ -159,31 +162,28 @@ def test_several_weights_in_one_call_give_what_each_gives_alone() -> None:
                 assert torch.equal(result, linear(x, weight, bias)), (weight.layout.name, rows, dtype)
 
 
-@pytest.mark.usefixtures("isa")
-def test_reference_takes_panels() -> None:
+def test_reference_takes_panels(isa: str) -> None:
     for name, weight in every_layout(BLOCKS).items():
         for dtype in TOLERANCE:
             x = activations(3, BLOCKS[1], dtype)
-            assert torch.equal(reference.linear(x, prepare(weight)), reference.linear(x, weight)), name
+            assert torch.equal(reference.linear(x, every_panel(BLOCKS, isa)[name]), reference.linear(x, weight)), name
 
 
-@pytest.mark.usefixtures("isa")
-def test_wide_activations_for_integer_weights() -> None:
+def test_wide_activations_for_integer_weights(isa: str) -> None:
     for name, weight in every_layout(BLOCKS).items():
-        packed = prepare(weight, activation="bf16")
+        packed = every_panel(BLOCKS, isa, "bf16")[name]
         for rows in (1, 9):
             x = activations(rows, BLOCKS[1], torch.bfloat16)
             assert error(linear(x, packed), exact(x, weight)) < TOLERANCE[torch.bfloat16], (name, rows)
 
 
 @pytest.mark.parametrize("shape", [(33, 200), BLOCKS, (7, 1000)])
-@pytest.mark.usefixtures("isa")
-def test_weights_are_rounded_to_bf16_and_nothing_else(shape: tuple[int, int]) -> None:
+def test_weights_are_rounded_to_bf16_and_nothing_else(isa: str, shape: tuple[int, int]) -> None:
     """With one input at a time, bf16 activations show what each weight has become."""
     x = torch.eye(shape[1], dtype=torch.bfloat16)
     for name, weight in every_layout(shape).items():
         if name.startswith(QUANTIZED):
-            found = linear(x, prepare(weight, activation="bf16"))
+            found = linear(x, every_panel(shape, isa, "bf16")[name])
             assert torch.equal(found, weight.dequantize(torch.float32).T.to(torch.bfloat16)), name
 
 
@@ -235,16 +235,15 @@ def test_every_fp8_code_is_right() -> None:
             assert torch.equal(linear(x, packed).float(), expected.expand(rows, -1)), position
 
 
-@pytest.mark.usefixtures("isa")
-def test_float32_results_do_not_depend_on_the_layout() -> None:
+def test_float32_results_do_not_depend_on_the_layout(isa: str) -> None:
     """A quantized weight and the dense weight of its values give the same bits."""
     for shape in ((33, 200), (48, 384), BLOCKS):
         for name, weight in every_layout(shape).items():
             values = weight.dequantize(torch.float32)
-            plain = PackedWeight(DENSE, shape, {"weight": values})
+            packed, plain = every_panel(shape, isa)[name], prepare(PackedWeight(DENSE, shape, {"weight": values}))
             for rows in (1, 7, 30):
                 x = activations(rows, shape[1], torch.float32)
-                assert torch.equal(linear(x, prepare(weight)), linear(x, prepare(plain))), name
+                assert torch.equal(linear(x, packed), linear(x, plain)), name
 
 
 @pytest.mark.parametrize("dtype", TOLERANCE)
@@ -257,7 +256,7 @@ def test_a_row_is_the_same_alone_in_a_batch_and_on_any_number_of_threads(
     for name, weight in [pair for one in shape for pair in every_layout(one).items()]:
         is_quantized = dtype == torch.bfloat16 and name.startswith(QUANTIZED)  # for others both are one path
         for activation in ("int8", "bf16") if is_quantized else ("int8",):
-            packed = prepare(weight, activation)
+            packed = every_panel(weight.shape, isa, activation)[name]
             x = activations(150, weight.shape[1], dtype)
             use_threads(1)
             alone = torch.cat([linear(x[row : row + 1], packed) for row in range(0, 150, step)])
@@ -376,13 +375,12 @@ def test_empty_steps_and_float16_activations() -> None:
     assert error(linear(x, weight), exact(x, weight)) < 2e-3
 
 
-@pytest.mark.usefixtures("isa")
-def test_nan_and_infinity_are_not_lost() -> None:
-    for name, weight in every_layout(BLOCKS).items():
+def test_nan_and_infinity_are_not_lost(isa: str) -> None:
+    for name, packed in every_panel(BLOCKS, isa).items():
         for dtype in TOLERANCE:
             x = activations(3, BLOCKS[1], dtype)
             x[1, 7] = torch.nan
-            result = linear(x, prepare(weight))
+            result = linear(x, packed)
             assert result[1].isnan().all(), name
             assert result[[0, 2]].isfinite().all(), name
 
