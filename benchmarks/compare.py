@@ -3,6 +3,7 @@
     python benchmarks/compare.py FOLDER                      everything; FOLDER keeps environments and models (60 GB)
     python benchmarks/compare.py FOLDER --only int4 int8     some rows of the table
     python benchmarks/compare.py FOLDER --only Q4_K_M Q6_K   the same GGUF file in llama.cpp and here, by its type
+    python benchmarks/compare.py FOLDER --only qwen3.5       eight layers of Qwen3.5-35B-A3B in place of shape S (13 GB)
     python benchmarks/compare.py FOLDER --without vllm       without an engine that does not install
 
 Every engine is a process of its own and is stopped (SIGSTOP) while another is asked. Within a comparison they take
@@ -18,11 +19,11 @@ import statistics
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 from engines import Engine, exit_on_signals, running
-from environments import prepare
+from environments import HYBRID, prepare
 
 from amalgam.tools.bench import commit, hardware
 
@@ -33,9 +34,15 @@ SCENARIOS = (("prompt", 128), ("prompt", 512), ("decode", 1), ("decode", 8), ("d
 GGUF_KINDS = ("Q4_1", "Q5_0", "Q5_1", "Q4_K_M", "Q5_K_M", "Q6_K", "IQ4_XS")
 
 
+READS = tuple(("read", size) for scenario, size in SCENARIOS if scenario == "decode")
+
+
 def ours(weights: str, *extra: tuple[str, int], options: tuple[str, ...] = ()) -> Engine:
-    reads = tuple(("read", size) for scenario, size in SCENARIOS if scenario == "decode")
-    return Engine("with_amalgam.py", options=(weights, *options), extra=(*reads, *extra))
+    return Engine("with_amalgam.py", options=(weights, *options), extra=(*READS, *extra))
+
+
+def our_file(model: str) -> Engine:
+    return Engine("with_amalgam.py", model, extra=READS)
 
 
 LLAMA = {kind: Engine("with_llama_cpp.py", f"S-{kind}.gguf", "llama") for kind in ("bf16", "Q4_0", "Q8_0")}
@@ -66,10 +73,22 @@ COMPARISONS: dict[str, dict[str, Engine]] = {
 DEFAULT = list(COMPARISONS)
 COMPARISONS |= {
     kind: {
-        f"amalgam {kind}": replace(ours(""), model=f"S-{kind}.gguf", options=()),
+        f"amalgam {kind}": our_file(f"S-{kind}.gguf"),
         f"llama.cpp {kind}": Engine("with_llama_cpp.py", f"S-{kind}.gguf", "llama"),
     }
     for kind in GGUF_KINDS
+}
+# Half of the experts in eight bits a weight, all else in four. llama.cpp has no fp8, and all experts of a layer in one
+# type.
+COMPARISONS |= {
+    "qwen3.5": {
+        "amalgam int4, fp8": our_file(HYBRID),
+        "llama.cpp Q4_0, Q8_0": Engine("with_llama_cpp.py", f"{HYBRID}.gguf", "llama"),
+    },
+    "qwen3.5-attention": {
+        "amalgam qwen3.5": ours("qwen3.5:int4+int4/fp8"),
+        "all layers attention": ours("qwen3.5-attention:int4+int4/fp8"),
+    },
 }
 
 

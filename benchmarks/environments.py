@@ -6,8 +6,10 @@ In: what a benchmark needs, by name. Out: it is there. Must never know what is m
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable, Collection
 from pathlib import Path
 
@@ -15,7 +17,8 @@ from engines import CONTESTANTS
 
 TORCH = "torch==2.13.0"
 LLAMA_SERVER = "build/bin"  # in its environment
-_MAKE_MODELS = CONTESTANTS / "make_models.py"
+HYBRID = "qwen3.5"
+_MAKE_MODELS, _MAKE_HYBRID = CONTESTANTS / "make_models.py", CONTESTANTS / "make_hybrid.py"
 
 
 def prepare(folder: Path, environments: Collection[str], models: Collection[str]) -> None:
@@ -23,7 +26,8 @@ def prepare(folder: Path, environments: Collection[str], models: Collection[str]
 
     Args:
         environments: `llama` (llama-cpp-python), `llama-server`, `transformers` or `vllm`.
-        models: `S` (bfloat16, with a tokenizer), `S-int4` (made by ours of it) or `S-TYPE.gguf`.
+        models: `S` (bfloat16, with a tokenizer), `S-int4` (made by ours of it), `S-TYPE.gguf`; `qwen3.5` (int4, half of
+            each layer's experts fp8) or `qwen3.5.gguf` (Q4_0, all experts of every second layer Q8_0).
     """
     folder.mkdir(parents=True, exist_ok=True)
     for environment in sorted(environments):
@@ -32,6 +36,14 @@ def prepare(folder: Path, environments: Collection[str], models: Collection[str]
             run(sys.executable, "-m", "venv", folder / environment)
             _INSTALLERS[environment](folder / environment / "bin/python")
             done.touch()
+    _prepare_shape_s(folder, [model for model in models if model.startswith("S")])
+    if HYBRID + ".gguf" in models:
+        _make(folder / f"{HYBRID}.gguf", lambda out: _export_hybrid(folder, out))
+    if HYBRID in models:
+        _make(folder / HYBRID, lambda out: run(sys.executable, _MAKE_HYBRID, HYBRID, out, "experts"))
+
+
+def _prepare_shape_s(folder: Path, models: Collection[str]) -> None:
     wide = folder / "S"
     if models and not (wide / "config.json").exists():
         run(sys.executable, _MAKE_MODELS, "hf", wide)
@@ -52,11 +64,22 @@ def run(*command: str | Path, **variables: str) -> None:
     subprocess.run([str(part) for part in command], check=True, env=os.environ | variables, stdout=sys.stderr)
 
 
-def _make(file: Path, make: Callable[[Path], None]) -> None:
-    """Let `make` write a file, which has its name only once it is whole."""
-    if not file.exists():
-        make(file.with_suffix(".part"))
-        file.with_suffix(".part").rename(file)
+def _make(path: Path, make: Callable[[Path], None]) -> None:
+    """Let `make` write a file or a folder, which has its name only once it is whole."""
+    if not path.exists():
+        part = path.with_name(f"{path.name}.part")
+        shutil.rmtree(part, ignore_errors=True)
+        make(part)
+        part.rename(path)
+
+
+def _export_hybrid(folder: Path, out: Path) -> None:
+    """By way of a checkpoint in which experts of a layer are alike, as they are in a GGUF file."""
+    with tempfile.TemporaryDirectory(dir=folder) as temporary:
+        layers, exported = Path(temporary) / "layers", Path(temporary) / "gguf"
+        run(sys.executable, _MAKE_HYBRID, HYBRID, layers, "layers")
+        run(sys.executable, "-m", "amalgam.cli", "export", exported, "--to", "gguf", "--model", layers)
+        (exported / "model.gguf").rename(out)
 
 
 def _quantize(folder: Path, source: Path, out: Path, kind: str) -> None:

@@ -16,6 +16,32 @@ _COMMON: dict[str, Any] = {
 }
 _MIXTURE: dict[str, Any] = {**_COMMON, "moe_intermediate_size": 256, "norm_topk_prob": True, "hidden_act": "silu"}
 
+# Two rounds of Qwen3.5-35B-A3B's four layers: 7.7 billion parameters, 1.0 of them active for a token, half in the head.
+_QWEN35: dict[str, Any] = {
+    "architectures": ["Qwen3_5MoeForCausalLM"],
+    "model_type": "qwen3_5_moe_text",
+    "vocab_size": 248320,
+    "max_position_embeddings": 262144,
+    "hidden_size": 2048,
+    "num_hidden_layers": 8,
+    "layer_types": [*["linear_attention"] * 3, "full_attention"] * 2,
+    "num_attention_heads": 16,
+    "num_key_value_heads": 2,
+    "head_dim": 256,
+    "linear_num_key_heads": 16,
+    "linear_num_value_heads": 32,
+    "linear_key_head_dim": 128,
+    "linear_value_head_dim": 128,
+    "linear_conv_kernel_dim": 4,
+    "num_experts": 256,
+    "num_experts_per_tok": 8,
+    "moe_intermediate_size": 512,
+    "shared_expert_intermediate_size": 512,
+    "rope_parameters": {"rope_type": "default", "rope_theta": 1e7, "partial_rotary_factor": 0.25},
+    "rms_norm_eps": 1e-6,
+    "tie_word_embeddings": False,
+}
+
 SHAPES: dict[str, dict[str, Any]] = {
     "deepseek-v3": {
         **_MIXTURE,
@@ -92,4 +118,6 @@ SHAPES: dict[str, dict[str, Any]] = {
         "rope_theta": 1e6,
         "rms_norm_eps": 1e-6,
     },
+    "qwen3.5": _QWEN35,
+    "qwen3.5-attention": {**_QWEN35, "layer_types": ["full_attention"] * 8},
 }

@@ -1,6 +1,7 @@
-"""amalgam over shape S with random weights: `with_amalgam.py WEIGHTS [SETTING=VALUE ...]`; see `amalgam bench`.
+"""amalgam over a shape with random weights: `with_amalgam.py WEIGHTS [SETTING=VALUE ...]`; see `amalgam bench`.
 
-WEIGHTS may be a file, too, a mixture of experts in GGUF.
+WEIGHTS are those of shape S; `SHAPE:WEIGHTS` of another (`shapes.py`); a mixture of experts in a GGUF file or a
+checkpoint folder.
 
 Beside the common scenarios: `read` (a plain read of the weights that one decoding step of so many sequences reads, from
 the same buffers) and `context` (one decoding step after so many tokens).
@@ -13,9 +14,11 @@ import time
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from itertools import count
+from pathlib import Path
 
 import torch
 from protocol import Measure, answer
+from shapes import SHAPES
 from torch import Tensor
 
 from amalgam import _native
@@ -30,7 +33,7 @@ STEPS = 24
 
 
 class LastStep:
-    """An observer that knows which experts the last step used; shape S's layers run in one call."""
+    """An observer that knows which experts the last step used; the layers run in one call."""
 
     def __init__(self) -> None:
         self.expert_ids: Tensor | None = None
@@ -61,11 +64,12 @@ def load(stack: ExitStack) -> Measure:
     settings = load_settings(None, {"model.base_path": "", "engine.kv_cache_bytes": 2 << 30, **chosen}, {})
     last_step = LastStep()
     sizes = {"max_tokens": MAX_TOKENS, "max_batch": MAX_BATCH}
-    weights = sys.argv[1]
+    bench.SHAPES = {**bench.SHAPES, **SHAPES}
+    shape, _, weights = sys.argv[1].rpartition(":")
     engine, spec = stack.enter_context(
         bench.file_engine(weights, settings, **sizes, observer=last_step)
-        if weights.endswith(".gguf")
-        else bench.shape_engine("S", weights, settings, **sizes, observer=last_step)
+        if Path(weights).exists()
+        else bench.shape_engine(shape or "S", weights, settings, **sizes, observer=last_step)
     )
     seeds = count()
     others = [
