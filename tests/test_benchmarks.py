@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 from benchmarks import clients
 
+from amalgam.composition.source import Source
 from tests.conftest import ROOT
 
 # A contestant, and a process that it started, as engines with workers do.
@@ -139,3 +140,25 @@ def test_a_client_tells_answers_that_are_not_whole() -> None:
 def test_a_client_leaves(after: int) -> None:
     answer = asked(STREAM, leave_after=after)
     assert len(answer.arrivals) == after and answer.num_new_tokens is None
+
+
+@pytest.mark.parametrize("unit", ["experts", "layers"])
+def test_half_of_a_hybrid_models_experts_are_fp8(unit: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In each layer, or all of every second one."""
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks/contestants"))
+    import make_hybrid
+
+    sizes = {"hidden_size": 256, "moe_intermediate_size": 128, "num_experts": 16, "vocab_size": 512}
+    sizes |= {"linear_num_key_heads": 2, "linear_num_value_heads": 4, "shared_expert_intermediate_size": 128}
+    monkeypatch.setitem(make_hybrid.SHAPES, "tiny", {**make_hybrid.SHAPES["qwen3.5"], **sizes})
+    make_hybrid.make("tiny", str(tmp_path / "folder"), unit)
+    weights = Source.open("tiny", str(tmp_path / "folder")).weights
+
+    def format_of(layer: int, expert: int) -> str:
+        return weights[f"model.language_model.layers.{layer}.mlp.experts.{expert}.down_proj.weight"].format.name
+
+    found = [[format_of(layer, expert) for expert in range(4)] for layer in range(4)]
+    mixed = [["int4", "fp8"] * 2] * 4
+    assert found == (mixed if unit == "experts" else [list(column) for column in zip(*mixed, strict=True)])
+    assert {weights[name].format.name for name in weights if "linear_attn.in_proj_qkv" in name} == {"int4"}
+    assert weights["lm_head.weight"].format.name == "int4"
