@@ -36,10 +36,11 @@ def prepare(folder: Path, environments: Collection[str], models: Collection[str]
             run(sys.executable, "-m", "venv", folder / environment)
             _INSTALLERS[environment](folder / environment / "bin/python")
             done.touch()
-    _prepare_shape_s(folder, [model for model in models if model.startswith("S")])
-    if HYBRID + ".gguf" in models:
+    missing = [model for model in models if model == "S" or not (folder / model).exists()]  # S gets a tokenizer later
+    _prepare_shape_s(folder, [model for model in missing if model.startswith("S")])
+    if f"{HYBRID}.gguf" in missing:
         _make(folder / f"{HYBRID}.gguf", lambda out: _export_hybrid(folder, out))
-    if HYBRID in models:
+    if HYBRID in missing:
         _make(folder / HYBRID, lambda out: run(sys.executable, _MAKE_HYBRID, HYBRID, out, "experts"))
 
 
