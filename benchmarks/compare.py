@@ -3,7 +3,8 @@
     python benchmarks/compare.py FOLDER                      everything; FOLDER keeps environments and models (60 GB)
     python benchmarks/compare.py FOLDER --only int4 int8     some rows of the table
     python benchmarks/compare.py FOLDER --only Q4_K_M Q6_K   the same GGUF file in llama.cpp and here, by its type
-    python benchmarks/compare.py FOLDER --only qwen3.5       eight layers of Qwen3.5-35B-A3B in place of shape S (13 GB)
+    python benchmarks/compare.py FOLDER --only S-mix qwen3.5-mix    int4 with fp8 experts, shape S and layers of
+                                                             Qwen3.5-35B-A3B (18 GB)
     python benchmarks/compare.py FOLDER --without vllm       without an engine that does not install
 
 Every engine is a process of its own and is stopped (SIGSTOP) while another is asked. Within a comparison they take
@@ -23,7 +24,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 from engines import Engine, exit_on_signals, running
-from environments import HYBRID, prepare
+from environments import prepare
 
 from amalgam.tools.bench import commit, hardware
 
@@ -81,14 +82,15 @@ COMPARISONS |= {
 # Half of the experts in eight bits a weight, all else in four. llama.cpp has no fp8, and all experts of a layer in one
 # type.
 COMPARISONS |= {
-    "qwen3.5": {
-        "amalgam int4, fp8": our_file(HYBRID),
-        "llama.cpp Q4_0, Q8_0": Engine("with_llama_cpp.py", f"{HYBRID}.gguf", "llama"),
-    },
-    "qwen3.5-attention": {
-        "amalgam qwen3.5": ours("qwen3.5:int4+int4/fp8"),
-        "all layers attention": ours("qwen3.5-attention:int4+int4/fp8"),
-    },
+    mix: {
+        "amalgam int4, fp8": our_file(mix),
+        "llama.cpp Q4_0, Q8_0": Engine("with_llama_cpp.py", f"{mix}.gguf", "llama"),
+    }
+    for mix in ("S-mix", "qwen3.5-mix")
+}
+COMPARISONS["qwen3.5-attention"] = {
+    "amalgam qwen3.5": ours("qwen3.5:int4+int4/fp8"),
+    "all layers attention": ours("qwen3.5-attention:int4+int4/fp8"),
 }
 
 

@@ -17,8 +17,7 @@ from engines import CONTESTANTS
 
 TORCH = "torch==2.13.0"
 LLAMA_SERVER = "build/bin"  # in its environment
-HYBRID = "qwen3.5"
-_MAKE_MODELS, _MAKE_HYBRID = CONTESTANTS / "make_models.py", CONTESTANTS / "make_hybrid.py"
+_MAKE_MODELS, _MAKE_MIX = CONTESTANTS / "make_models.py", CONTESTANTS / "make_mix.py"
 
 
 def prepare(folder: Path, environments: Collection[str], models: Collection[str]) -> None:
@@ -26,8 +25,9 @@ def prepare(folder: Path, environments: Collection[str], models: Collection[str]
 
     Args:
         environments: `llama` (llama-cpp-python), `llama-server`, `transformers` or `vllm`.
-        models: `S` (bfloat16, with a tokenizer), `S-int4` (made by ours of it), `S-TYPE.gguf`; `qwen3.5` (int4, half of
-            each layer's experts fp8) or `qwen3.5.gguf` (Q4_0, all experts of every second layer Q8_0).
+        models: `S` (bfloat16, with a tokenizer), `S-int4` (made by ours of it), `S-TYPE.gguf`; of S and other shapes
+            `SHAPE-mix` (int4, half of each layer's experts fp8) and `SHAPE-mix.gguf` (Q4_0, all experts of every second
+            layer Q8_0).
     """
     folder.mkdir(parents=True, exist_ok=True)
     for environment in sorted(environments):
@@ -37,11 +37,11 @@ def prepare(folder: Path, environments: Collection[str], models: Collection[str]
             _INSTALLERS[environment](folder / environment / "bin/python")
             done.touch()
     missing = [model for model in models if model == "S" or not (folder / model).exists()]  # S gets a tokenizer later
-    _prepare_shape_s(folder, [model for model in missing if model.startswith("S")])
-    if f"{HYBRID}.gguf" in missing:
-        _make(folder / f"{HYBRID}.gguf", lambda out: _export_hybrid(folder, out))
-    if HYBRID in missing:
-        _make(folder / HYBRID, lambda out: run(sys.executable, _MAKE_HYBRID, HYBRID, out, "experts"))
+    mixes = sorted(model for model in missing if model.removesuffix(".gguf").endswith("-mix"))
+    for model in mixes:
+        shape, make = model.partition("-mix")[0], _export_mix if model.endswith(".gguf") else _make_mix
+        _make(folder / model, lambda out, shape=shape, make=make: make(shape, out))
+    _prepare_shape_s(folder, [model for model in missing if model not in mixes])
 
 
 def _prepare_shape_s(folder: Path, models: Collection[str]) -> None:
@@ -74,11 +74,15 @@ def _make(path: Path, make: Callable[[Path], None]) -> None:
         part.rename(path)
 
 
-def _export_hybrid(folder: Path, out: Path) -> None:
+def _make_mix(shape: str, out: Path) -> None:
+    run(sys.executable, _MAKE_MIX, shape, out, "experts")
+
+
+def _export_mix(shape: str, out: Path) -> None:
     """By way of a checkpoint in which experts of a layer are alike, as they are in a GGUF file."""
-    with tempfile.TemporaryDirectory(dir=folder) as temporary:
+    with tempfile.TemporaryDirectory(dir=out.parent) as temporary:
         layers, exported = Path(temporary) / "layers", Path(temporary) / "gguf"
-        run(sys.executable, _MAKE_HYBRID, HYBRID, layers, "layers")
+        run(sys.executable, _MAKE_MIX, shape, layers, "layers")
         run(sys.executable, "-m", "amalgam.cli", "export", exported, "--to", "gguf", "--model", layers)
         (exported / "model.gguf").rename(out)
 

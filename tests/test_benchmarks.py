@@ -143,15 +143,15 @@ def test_a_client_leaves(after: int) -> None:
 
 
 @pytest.mark.parametrize("unit", ["experts", "layers"])
-def test_half_of_a_hybrid_models_experts_are_fp8(unit: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_half_of_a_mixs_experts_are_fp8(unit: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """In each layer, or all of every second one."""
     monkeypatch.syspath_prepend(str(ROOT / "benchmarks/contestants"))
-    import make_hybrid
+    import make_mix
 
     sizes = {"hidden_size": 256, "moe_intermediate_size": 128, "num_experts": 16, "vocab_size": 512}
     sizes |= {"linear_num_key_heads": 2, "linear_num_value_heads": 4, "shared_expert_intermediate_size": 128}
-    monkeypatch.setitem(make_hybrid.SHAPES, "tiny", {**make_hybrid.SHAPES["qwen3.5"], **sizes})
-    make_hybrid.make("tiny", str(tmp_path / "folder"), unit)
+    monkeypatch.setitem(make_mix.SHAPES, "tiny", {**make_mix.SHAPES["qwen3.5"], **sizes})
+    make_mix.make("tiny", str(tmp_path / "folder"), unit)
     weights = Source.open("tiny", str(tmp_path / "folder")).weights
 
     def format_of(layer: int, expert: int) -> str:

@@ -1,7 +1,7 @@
-"""A shape of `shapes.py` with random weights, most of them int4 and half of the experts fp8, as a checkpoint folder.
+"""Shape S, or one of `shapes.py`, with random weights in int4 and half of the experts in fp8, as a checkpoint folder.
 
-    make_hybrid.py SHAPE FOLDER experts    half of each layer's experts are fp8
-    make_hybrid.py SHAPE FOLDER layers     all experts of every second layer are, for engines with one type for a layer
+    make_mix.py SHAPE FOLDER experts    half of each layer's experts are fp8
+    make_mix.py SHAPE FOLDER layers     all experts of every second layer are, for engines with one type for a layer
 
 Both have the same values before they are rounded, so that tokens go the same ways. compressed-tensors' layout: int4 in
 groups of 128, fp8 with a scale for each row. Norms, routers, convolutions, rates and embeddings stay wide.
@@ -29,6 +29,7 @@ from amalgam.formats.registry import writable_format
 from amalgam.models.registry import read_spec
 from amalgam.models.spec import Slot
 from amalgam.quantizers.nearest import round_to_nearest
+from amalgam.tools import bench
 from amalgam.tools.export.targets.compressed import quantization_config
 
 _OPTIONS = {"int4": QuantizeOptions(group_size=128), "fp8": QuantizeOptions(scale="channel")}
@@ -58,12 +59,16 @@ def rolled(tensors: Mapping[str, Tensor], rows: int, by: int) -> dict[str, Tenso
     return {suffix: part.roll(by, 0) if len(part) == rows else part for suffix, part in tensors.items()}
 
 
-def wide(slot: Slot, seed: int) -> Tensor:
-    """Values that keep a model of random weights alive: norms near 1, decays near those of a new model."""
+def wide(slot: Slot, seed: int, *, norms_add_one: bool) -> Tensor:
+    """Values that keep a model of random weights alive: norms near 1, decays near those of a new model.
+
+    Args:
+        norms_add_one: all but those of gated delta nets are stored without the 1 that is added to them.
+    """
     generator = torch.Generator().manual_seed(seed)
     if slot.role == "norm":
-        # Norms of gated delta nets are the ones that are stored with their 1.
-        return torch.randn(slot.shape, generator=generator) * 0.1 + slot.name.endswith("attention.norm")
+        is_whole = not norms_add_one or slot.name.endswith("attention.norm")
+        return torch.randn(slot.shape, generator=generator) * 0.1 + is_whole
     if slot.name.endswith("log_rate"):
         return torch.rand(slot.shape, generator=generator).mul_(15).add_(1).log_()
     if slot.name.endswith("decay_bias"):
@@ -73,7 +78,9 @@ def wide(slot: Slot, seed: int) -> Tensor:
 
 
 def make(shape: str, folder: str, unit: str) -> None:
-    family, spec = read_spec(SHAPES[shape], f"shape {shape}")
+    described = {**bench.SHAPES, **SHAPES}[shape]
+    family, spec = read_spec(described, f"shape {shape}")
+    norms_add_one = getattr(spec.norm, "adds_one", False)
     groups: dict[str, list[str]] = defaultdict(list)
 
     def tensors() -> Iterator[tuple[str, Tensor]]:
@@ -81,7 +88,7 @@ def make(shape: str, folder: str, unit: str) -> None:
             name, seed = family.logical_name(slot), zlib.crc32(slot.name.encode())
             module = name.removesuffix(".weight")
             if (chosen := format_of(slot, unit)) is None:
-                yield name, wide(slot, seed)
+                yield name, wide(slot, seed, norms_add_one=norms_add_one)
                 continue
             parts, scheme = encoded(slot.shape, chosen)
             group = {"weights": dict(scheme.arguments), "input_activations": None, "output_activations": None}
@@ -91,7 +98,7 @@ def make(shape: str, folder: str, unit: str) -> None:
 
     write_checkpoint(Path(folder), tensors(), max_shard_bytes=2 << 30)
     left = [family.logical_name(slot).removesuffix(".weight") for slot in spec.slots if slot.decides]
-    config = {**SHAPES[shape], **quantization_config(groups, left, None)}
+    config = {**described, **quantization_config(groups, left, None)}
     (Path(folder) / "config.json").write_text(json.dumps(config, indent=1))
 
 
