@@ -89,7 +89,7 @@ COMPARISONS |= {
     for mix in ("S-mix", "qwen3.5-mix")
 }
 COMPARISONS["qwen3.5-attention"] = {
-    "amalgam qwen3.5": ours("qwen3.5:int4+int4/fp8"),
+    "amalgam qwen3.5": ours("qwen3.5-layers:int4+int4/fp8"),
     "all layers attention": ours("qwen3.5-attention:int4+int4/fp8"),
 }
 

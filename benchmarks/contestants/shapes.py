@@ -119,5 +119,7 @@ SHAPES: dict[str, dict[str, Any]] = {
         "rms_norm_eps": 1e-6,
     },
     "qwen3.5": _QWEN35,
-    "qwen3.5-attention": {**_QWEN35, "layer_types": ["full_attention"] * 8},
+    # What the layers cost; two of them with the whole vocabulary would not fit 24 GB.
+    "qwen3.5-layers": {**_QWEN35, "vocab_size": 32000},
+    "qwen3.5-attention": {**_QWEN35, "vocab_size": 32000, "layer_types": ["full_attention"] * 8},
 }
