@@ -188,6 +188,11 @@ REFUSED: dict[str, tuple[str, Edit, str]] = {
     ),
     "limits of experts": ("deepseek_v32", changed("deepseek32", swiglu_clamp_exp=[0.0, 7.0]), "swiglu_clamp_exp"),
     "a gate without a bound": ("bailing_hybrid", changed("bailingmoe3", kda__safe_gate=False), "kda.safe_gate = False"),
+    "heads that turn in halves, for images": (
+        "bailing_hybrid",
+        changed("bailingmoe3", rope__dimension_sections=[2, 1, 1, 0]),
+        "bailingmoe3.rope.dimension_sections",
+    ),
     "no groups said": ("bailing_hybrid", without("bailingmoe3.expert_group_count"), "bailingmoe3.expert_group_count"),
     "wider shared experts": (
         "bailing_hybrid",

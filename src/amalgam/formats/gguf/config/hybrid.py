@@ -126,7 +126,10 @@ def _lfm2_moe(metadata: Metadata) -> Config:
 
 
 def _bailing3(metadata: Metadata) -> Config:
-    """Ling 3: Kimi delta nets, and latent attention with a gate per head in layers that have KV heads."""
+    """Ling 3: Kimi delta nets, and latent attention with a gate per head in layers that have KV heads.
+
+    Files of the model that sees images say `rope.dimension_sections`, and llama.cpp turns halves then, not pairs.
+    """
     kv_heads = _kv_heads(metadata)
     config = common(metadata, "BailingMoeV3ForCausalLM", kv_heads=max(kv_heads))
     num_layers, head_dim = config["num_hidden_layers"], metadata.int("kda.head_dim")
@@ -134,7 +137,6 @@ def _bailing3(metadata: Metadata) -> Config:
     metadata.expect("expert_gating_func", SIGMOID)
     metadata.expect("expert_shared_feed_forward_length", config["n_shared_experts"] * config["moe_intermediate_size"])
     metadata.expect("kda.safe_gate", True)
-    metadata.pass_over(["rope.dimension_sections"])  # of images
     return config | {
         "num_key_value_heads": config["num_attention_heads"],
         "norm_topk_prob": metadata.bool("expert_weights_norm", default=False),
