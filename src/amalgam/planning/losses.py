@@ -4,8 +4,8 @@ In: a problem, sensitivities, use. Out: losses `[items, options]` in nats a toke
 
 An expert's divergence was measured over the gate mass that the texts gave it; with other traffic it changes as the mass
 does. Of an expert that few tokens reached, the figures are mixed with what its rounding error would do on the mean of
-its layer, as if `_PRIOR_TOKENS` more tokens had reached it. A gate multiplies the expert's error, so a token's divergence
-goes by the square of its gate: an expert with small gates is not taken to matter as much as the others of its layer.
+its layer, as if `_PRIOR_TOKENS` more tokens had reached it. A gate multiplies the expert's error, so that a token's
+divergence goes by the square of its gate: an expert with small gates is not taken to matter as much as the others do.
 """
 
 from __future__ import annotations
