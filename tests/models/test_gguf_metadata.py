@@ -193,6 +193,11 @@ REFUSED: dict[str, tuple[str, Edit, str]] = {
         changed("bailingmoe3", rope__dimension_sections=[2, 1, 1, 0]),
         "bailingmoe3.rope.dimension_sections",
     ),
+    "a limit of a layer without experts": (
+        "bailing_hybrid",
+        changed("bailingmoe3", swiglu_clamp_shexp=[7.0, 7.0, 7.0]),
+        "bailingmoe3.swiglu_clamp_shexp",
+    ),
     "no groups said": ("bailing_hybrid", without("bailingmoe3.expert_group_count"), "bailingmoe3.expert_group_count"),
     "wider shared experts": (
         "bailing_hybrid",

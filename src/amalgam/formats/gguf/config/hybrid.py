@@ -137,11 +137,15 @@ def _bailing3(metadata: Metadata) -> Config:
     metadata.expect("expert_gating_func", SIGMOID)
     metadata.expect("expert_shared_feed_forward_length", config["n_shared_experts"] * config["moe_intermediate_size"])
     metadata.expect("kda.safe_gate", True)
+    limits = {kind: metadata.limits(f"swiglu_clamp_{kind}", num_layers) for kind in ("exp", "shexp")}
+    num_dense = config["first_k_dense_replace"]
+    if any(limits["shexp"][:num_dense]):  # llama.cpp heeds them, the family does not
+        metadata.unsupported("swiglu_clamp_shexp", limits["shexp"], f"0 for the {num_dense} layers without experts")
     return config | {
         "num_key_value_heads": config["num_attention_heads"],
         "norm_topk_prob": metadata.bool("expert_weights_norm", default=False),
-        "expert_swiglu_limit_list": metadata.limits("swiglu_clamp_exp", num_layers),
-        "share_expert_swiglu_limit_list": metadata.limits("swiglu_clamp_shexp", num_layers),
+        "expert_swiglu_limit_list": limits["exp"],
+        "share_expert_swiglu_limit_list": limits["shexp"],
         "layer_types": ["full_attention" if number else "linear_attention" for number in kv_heads],
         "rope_parameters": rope_parameters(metadata, config["qk_rope_head_dim"]),
         "head_dim": head_dim,
