@@ -5,6 +5,7 @@
     python benchmarks/compare.py FOLDER --only Q4_K_M Q6_K   the same GGUF file in llama.cpp and here, by its type
     python benchmarks/compare.py FOLDER --only S-mix qwen3.5-mix    int4 with fp8 experts, shape S and layers of
                                                              Qwen3.5-35B-A3B (18 GB)
+    python benchmarks/compare.py FOLDER --only Q5_0 --random-codes     without quantizing, which takes llama.cpp long
     python benchmarks/compare.py FOLDER --without vllm       without an engine that does not install
 
 Every engine is a process of its own and is stopped (SIGSTOP) while another is asked. Within a comparison they take
@@ -163,6 +164,7 @@ def main() -> int:
     parser.add_argument("--only", nargs="+", choices=list(COMPARISONS), default=DEFAULT)
     parser.add_argument("--without", nargs="+", choices=("llama", "transformers", "vllm"), default=[])
     parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--random-codes", action="store_true", help="GGUF files of random codes, made in seconds")
     arguments = parser.parse_args()
     exit_on_signals()
     names = [
@@ -172,7 +174,10 @@ def main() -> int:
     ]
     engines = [engine for name in names for engine in COMPARISONS[name].values()]
     environments = {engine.environment for engine in engines if engine.environment}
-    prepare(arguments.folder, environments, {engine.model for engine in engines if engine.model})
+    if arguments.random_codes:
+        environments.add("llama-server")  # its llama-quantize says which tensor gets which type
+    models = {engine.model for engine in engines if engine.model}
+    prepare(arguments.folder, environments, models, random_codes=arguments.random_codes)
     results: dict[str, list[Timings]] = {}
     for name in names:
         started = time.monotonic()

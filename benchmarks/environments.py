@@ -20,7 +20,9 @@ LLAMA_SERVER = "build/bin"  # in its environment
 _MAKE_MODELS, _MAKE_MIX = CONTESTANTS / "make_models.py", CONTESTANTS / "make_mix.py"
 
 
-def prepare(folder: Path, environments: Collection[str], models: Collection[str]) -> None:
+def prepare(
+    folder: Path, environments: Collection[str], models: Collection[str], *, random_codes: bool = False
+) -> None:
     """Make the environments and models that are not there yet.
 
     Args:
@@ -28,6 +30,8 @@ def prepare(folder: Path, environments: Collection[str], models: Collection[str]
         models: `S` (bfloat16, with a tokenizer), `S-int4` (made by ours of it), `S-TYPE.gguf`; of S and other shapes
             `SHAPE-mix` (int4, half of each layer's experts fp8) and `SHAPE-mix.gguf` (Q4_0, all experts of every second
             layer Q8_0).
+        random_codes: GGUF files get random codes in the types that llama-quantize, of the environment `llama-server`,
+            would choose; quantizing takes it up to an hour.
     """
     folder.mkdir(parents=True, exist_ok=True)
     for environment in sorted(environments):
@@ -41,10 +45,10 @@ def prepare(folder: Path, environments: Collection[str], models: Collection[str]
     for model in mixes:
         shape, make = model.partition("-mix")[0], _export_mix if model.endswith(".gguf") else _make_mix
         _make(folder / model, lambda out, shape=shape, make=make: make(shape, out))
-    _prepare_shape_s(folder, [model for model in missing if model not in mixes])
+    _prepare_shape_s(folder, [model for model in missing if model not in mixes], random_codes=random_codes)
 
 
-def _prepare_shape_s(folder: Path, models: Collection[str]) -> None:
+def _prepare_shape_s(folder: Path, models: Collection[str], *, random_codes: bool) -> None:
     wide = folder / "S"
     if models and not (wide / "config.json").exists():
         run(sys.executable, _MAKE_MODELS, "hf", wide)
@@ -57,7 +61,8 @@ def _prepare_shape_s(folder: Path, models: Collection[str]) -> None:
         source = folder / "S-bf16.gguf"
         _make(source, lambda out: run(sys.executable, _MAKE_MODELS, "gguf", wide, out))
         for kind in sorted({*kinds} - {"bf16"}):
-            _make(folder / f"S-{kind}.gguf", lambda out, kind=kind: _quantize(folder, source, out, kind))
+            maker = _fill if random_codes else _quantize
+            _make(folder / f"S-{kind}.gguf", lambda out, kind=kind, maker=maker: maker(folder, source, out, kind))
 
 
 def run(*command: str | Path, **variables: str) -> None:
@@ -94,6 +99,13 @@ def _quantize(folder: Path, source: Path, out: Path, kind: str) -> None:
         run(tool, *(["--pure"] if kind == "Q4_0" else []), source, out, kind, "2")
     else:
         run(folder / "llama/bin/python", _MAKE_MODELS, "quantize", source, out, kind)
+
+
+def _fill(folder: Path, source: Path, out: Path, kind: str) -> None:
+    tool = folder / "llama-server" / LLAMA_SERVER / "llama-quantize"
+    dry_run = subprocess.run([str(tool), "--dry-run", str(source), str(out), kind], check=True, capture_output=True)
+    make = [sys.executable, str(_MAKE_MODELS), "random", str(folder / "S"), str(out)]
+    subprocess.run(make, check=True, input=dry_run.stdout + dry_run.stderr, stdout=sys.stderr)
 
 
 def _install_llama(python: Path) -> None:

@@ -3,17 +3,34 @@
 make_models.py hf FOLDER               with torch and transformers
 make_models.py tokenizer FOLDER        with tokenizers; one token for each ASCII character of a text
 make_models.py gguf FOLDER FILE        with gguf, numpy and safetensors: bf16, norms and routers in float32
+make_models.py random FOLDER FILE      the same with random codes in the types that `llama-quantize --dry-run` printed,
+                                       read from the standard input: as fast as trained ones, and made in seconds
 make_models.py quantize FILE FILE Q4_0 with llama-cpp-python; Q4_0 for every tensor that can take it
 """
 
 from __future__ import annotations
 
 import ctypes
+import math
+import re
 import sys
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 HIDDEN, LAYERS, HEADS, KV_HEADS, HEAD_DIM = 2048, 8, 32, 4, 128
 EXPERTS, ACTIVE, WIDTH, VOCAB, POSITIONS = 64, 8, 768, 32000, 32768
+
+# The scales (and minima) of random codes, in the order in which a block has them: values of a few hundredths.
+_HALVES = {
+    "Q4_1": (3e-3, -2.25e-2),
+    "Q5_0": (1.5e-3,),
+    "Q5_1": (1.5e-3, -2.3e-2),
+    "Q4_K": (8e-5, 6e-4),
+    "Q5_K": (4e-5, 6e-4),
+    "Q6_K": (1.5e-5,),
+    "IQ4_XS": (1.5e-5,),
+}
 
 
 def make_hf(folder: str) -> None:
@@ -59,7 +76,30 @@ def make_tokenizer(folder: str) -> None:
     (Path(folder) / "tokenizer_config.json").write_text('{"tokenizer_class": "PreTrainedTokenizerFast"}')
 
 
-def make_gguf(folder: str, out: str) -> None:
+def random_blocks(kind: str, shape: Sequence[int]) -> Any:
+    """uint8 `[..., bytes of a row]`: blocks of GGUF's type `kind`, for values of `shape`."""
+    import numpy as np
+
+    from amalgam.formats.gguf import FORMATS
+    from amalgam.formats.gguf.blocks import GgufFormat
+
+    (found,) = (one for one in FORMATS if isinstance(one, GgufFormat) and one.type.name == kind)
+    size = found.type.num_bytes
+    count = math.prod(shape) // found.type.num_elements
+    blocks = np.random.default_rng(0).integers(0, 256, (count, size), np.uint8)
+    for offset, value in zip(found.halves, _HALVES[kind], strict=True):
+        blocks[:, offset : offset + 2] = np.array([value], np.float16).view(np.uint8)
+    return blocks.reshape(*shape[:-1], -1)
+
+
+def make_random(folder: str, out: str) -> None:
+    line = re.compile(r"\[ *\d+/ *\d+\] (\S+) .*-> .*\((\w+)\)$")
+    found = [match for match in map(line.match, map(str.rstrip, sys.stdin)) if match]
+    make_gguf(folder, out, {match[1]: match[2].upper() for match in found})
+
+
+def make_gguf(folder: str, out: str, types: Mapping[str, str] | None = None) -> None:
+    """Tensors named in `types` get random codes of that type."""
     import gguf
     import numpy as np
     import torch
@@ -96,6 +136,11 @@ def make_gguf(folder: str, out: str) -> None:
     writer.add_add_bos_token(False)
 
     def add(name: str, *sources: str, is_wide: bool = False) -> None:
+        if types and name in types:
+            shape = place[sources[0]].get_slice(sources[0]).get_shape()
+            codes = random_blocks(types[name], shape if len(sources) == 1 else [len(sources), *shape])
+            writer.add_tensor(name, codes, raw_dtype=gguf.GGMLQuantizationType[types[name]])
+            return
         loaded = [place[source].get_tensor(source) for source in sources]
         tensor = loaded[0] if len(loaded) == 1 else torch.stack(loaded)
         if is_wide:
@@ -138,4 +183,11 @@ def quantize(source: str, out: str, kind: str) -> None:
 
 
 if __name__ == "__main__":
-    {"hf": make_hf, "tokenizer": make_tokenizer, "gguf": make_gguf, "quantize": quantize}[sys.argv[1]](*sys.argv[2:])
+    makers = {
+        "hf": make_hf,
+        "tokenizer": make_tokenizer,
+        "gguf": make_gguf,
+        "random": make_random,
+        "quantize": quantize,
+    }
+    makers[sys.argv[1]](*sys.argv[2:])
