@@ -65,10 +65,11 @@ def load(stack: ExitStack) -> Measure:
     last_step = LastStep()
     sizes = {"max_tokens": MAX_TOKENS, "max_batch": MAX_BATCH}
     bench.SHAPES = {**bench.SHAPES, **SHAPES}
-    shape, _, weights = sys.argv[1].rpartition(":")
+    given = sys.argv[1]
+    shape, _, weights = given.rpartition(":")
     engine, spec = stack.enter_context(
-        bench.file_engine(weights, settings, **sizes, observer=last_step)
-        if Path(weights).exists()
+        bench.file_engine(given, settings, **sizes, observer=last_step)
+        if Path(given).exists()
         else bench.shape_engine(shape or "S", weights, settings, **sizes, observer=last_step)
     )
     seeds = count()
