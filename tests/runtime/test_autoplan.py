@@ -159,7 +159,7 @@ def test_frozen_or_capped_it_proposes_and_changes_nothing(deployment: Deployment
     for changes, outcome in (
         ({"max_swaps_per_hour": 0}, "swap_cap"),
         ({"memory_bytes": deployment.version.nbytes}, "no_memory"),
-        ({"min_gain": 0.99}, "small_expected_gain"),
+        ({"min_gain": 0.9999}, "small_expected_gain"),
     ):
         autoplan.limits = lambda changes=changes: replace(limits, **changes)  # type: ignore[method-assign,misc]
         assert autoplan.look().outcome == outcome

@@ -18,7 +18,7 @@ from amalgam.kernels.backends.cpu.backend import CpuBackend
 from amalgam.kernels.backends.cpu.encoders import Encoder
 from amalgam.kernels.backends.cpu.products import prepare_experts
 from amalgam.kernels.backends.cpu.workspace import Workspace
-from amalgam.kernels.backends.reference import interpreter
+from amalgam.kernels.backends.reference import latent
 from amalgam.kernels.layouts import dense
 from amalgam.kernels.packed import PackedWeight
 from amalgam.kernels.program import (
@@ -55,7 +55,7 @@ def test_a_version_is_compiled_once_and_forgotten_with_it(tmp_path: Path, monkey
 
     def latent_matrices(one: AttendLatent, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         packed.append(weakref.ref(one.expand))
-        return interpreter.latent_matrices(one, dtype)
+        return latent.latent_matrices(one, dtype)
 
     monkeypatch.setattr(encoders, "latent_matrices", latent_matrices)
     save_tiny(FAMILIES["deepseek_v3"], tmp_path)

@@ -46,7 +46,7 @@ def test_clicks_on_the_heatmap(page: Page, demo_url: str) -> None:
     page.choose("#usage-a", "label:宋词")
     page.choose("#usage-b", "label:prose")
     page.wait("return document.querySelector('#usage .figures').textContent.includes('divergence')")
-    assert "share of the layer's use in A less that in B" in page.text("#usage .panel-head p")
+    assert "share of the layer's use in A minus that in B" in page.text("#usage .panel-head p")
     chips = page.run("return [...document.querySelectorAll('#usage-busiest b')].map((node) => node.textContent)")
     assert all(re.fullmatch(r"[+-]\d+(\.\d)? pp", chip) for chip in chips), chips  # points, not per cent
     divergence = httpx.get(

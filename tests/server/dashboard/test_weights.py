@@ -52,7 +52,7 @@ def test_a_staged_change_goes_live_and_is_taken_back(page: Page, demo_url: str, 
     page.wait("return document.querySelector('[data-chart=throughput]').layout?.shapes?.length > 0")
 
     # A restart would forget it, and the page says so; the file that it offers would not.
-    page.wait("return document.querySelector('#stage-kept').textContent.includes('a restart forgets it')")
+    page.wait("return document.querySelector('#stage-kept').textContent.includes('a restart undoes it')")
     saved = tmp_path / "saved.yaml"
     saved.write_bytes(httpx.get(page.run("return document.querySelector('#stage-save').href"), timeout=60).content)
     [choices] = [
@@ -67,7 +67,7 @@ def test_a_staged_change_goes_live_and_is_taken_back(page: Page, demo_url: str, 
     page.wait("return document.querySelector('#stage-outcome').textContent.includes('6 weights changed back')")
     assert httpx.get(demo_url + "/", timeout=60).json()["weight_version"] == version + 2
     assert httpx.get(demo_url + "/experts/precision_map", timeout=60).json()["sources"] == before
-    page.wait("return document.querySelector('#stage-kept').textContent.startsWith('As the server was started')")
+    page.wait("return document.querySelector('#stage-kept').textContent.startsWith('As configured')")
     assert page.run("return document.querySelector('#stage-undo').disabled")
     assert_clean(page, demo_url, refused="422")
 
