@@ -8,7 +8,7 @@
 
 namespace amalgam {
 
-// How scores become experts; amalgam/kernels/program.py says what each does.
+// How scores become experts; amalgam/kernels/program/ says what each does.
 enum class Scoring { kSoftmax, kSigmoid, kChosen, kApart, kMixer };
 
 struct ExpertChoice {

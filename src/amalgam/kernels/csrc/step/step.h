@@ -1,4 +1,4 @@
-// A step in one call, from token ids to logits: the instructions of amalgam/kernels/program.py. Between two products
+// A step in one call, from token ids to logits: the instructions of amalgam/kernels/program/. Between two products
 // nothing but other kernels runs, where Python would fetch its own code and data back into caches that the weights have
 // filled.
 #pragma once
