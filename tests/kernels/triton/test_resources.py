@@ -21,7 +21,7 @@ from amalgam.kernels.backends.triton.resources import SHARED_LIMIT
 SAMPLE = "^(gate and up int4, tokens=1|down bf16, tokens=512)$"  # codes, and floats
 MOST_REGISTERS = 255
 # What all kernels stay below. Those of prompts spill where the older instruction wants its operands in registers.
-MOST_SPILLED, MOST_SPILLED_BY_PROMPTS = 128, 1024
+MOST_SPILLED, MOST_SPILLED_BY_PROMPTS = 64, 768
 IS_ASKED_FOR = os.environ.get("AMALGAM_TEST_ALL_KERNELS") == "1"
 
 
