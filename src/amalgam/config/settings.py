@@ -530,11 +530,9 @@ def _suggestion(location: Sequence[str | int]) -> str:
             return "Remove it or correct its name."
         section = kind
     close = difflib.get_close_matches(str(location[-1])[:64], section.model_fields, n=1)
-    return (
-        f"Did you mean {'.'.join(map(str, (*location[:-1], close[0])))}?"
-        if close
-        else ("Remove it or correct its name; `amalgam config` lists the settings.")
-    )
+    if not close:
+        return "Remove it or correct its name; `amalgam config` lists the settings."
+    return f"Did you mean {'.'.join(map(str, (*location[:-1], close[0])))}?"
 
 
 def _explain(error: ValidationError, origins: Mapping[str, str] | None = None) -> list[str]:

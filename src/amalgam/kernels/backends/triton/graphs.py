@@ -125,6 +125,7 @@ class CudaRecorder:
 
 # One capture at a time in a process: PyTorch's rule, and the stream has room for one.
 _RECORDING = threading.Lock()
+# Kept for good, since PyTorch may still ask the graph of a failed capture. There are few of them.
 _FAILED: list[tuple[torch.cuda.CUDAGraph, torch.cuda.MemPool | None]] = []
 
 
