@@ -150,8 +150,23 @@ def test_versions_that_are_kept_take_part_of_what_a_device_has(deployment: Deplo
     with raises(OutOfMemoryError, "cpu:1", used, used - there, 12_000_000):
         place(deployment, more)
     deployment.versions.unpin(kept)
-    wait_until(lambda: deployment.device_figures()["cpu:1"].used_bytes == there)
     place(deployment, more)
+
+
+def test_a_change_waits_for_the_memory_of_a_version_that_drains(deployment: Deployment) -> None:
+    place(deployment, {HOT: {"source": "base", **AWAY}})
+    held = [deployment.version]  # as a request in flight does
+    place(deployment, {HOT: HERE})
+    assert deployment.device_figures()["cpu:1"].used_bytes > 6_000_000
+
+    def let_go() -> None:
+        wait_until(lambda: deployment.jobs.running is not None)
+        held.clear()
+
+    with ThreadPoolExecutor(1) as pool:
+        gone = pool.submit(let_go)
+        place(deployment, {COLD: {"source": "base", **AWAY}})
+        gone.result()
 
 
 def test_the_model_says_what_lies_where(deployment: Deployment) -> None:

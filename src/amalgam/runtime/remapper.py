@@ -16,7 +16,7 @@ from amalgam.composition.progress import LOADING, Progress
 from amalgam.config.settings import Rule, Settings
 from amalgam.engine.core import Engine
 from amalgam.engine.memory import available_bytes
-from amalgam.errors import ConflictError, VersionNotFoundError
+from amalgam.errors import ConflictError, OutOfMemoryError, VersionNotFoundError
 from amalgam.runtime.changes import ChangeRequest, RemapLog, RemapResult
 from amalgam.runtime.jobs import Job, Jobs, status_of_record
 from amalgam.runtime.preview import (
@@ -34,6 +34,7 @@ from amalgam.runtime.versions import VersionBook, as_id
 from amalgam.runtime.yielding import Turns
 
 MAX_UNDOS = 64
+FREEING_SECONDS = 5.0  # that a change waits for the memory of versions that drain
 
 
 class Remapper:
@@ -186,7 +187,7 @@ class Remapper:
         if isinstance(prepared, ServedWeights):
             return self._go_live(prepared, None, started, request.name)
         load = self._load_of(prepared)
-        load.check_room(self.room())
+        self._wait_for_room(prepared, load)
 
         job = self._job
         job.begin_stage(LOADING, load.num_weights)
@@ -208,6 +209,23 @@ class Remapper:
             self._seconds_per_byte = loaded.seconds / loaded.read_bytes
         made = ServedWeights(prepared.loader, loaded.version, prepared.rules)
         return self._go_live(made, loaded, started, request.name)
+
+    def _wait_for_room(self, prepared: Prepared, load: Load) -> None:
+        """The memory of a version goes back a moment after its last request has ended: a change that needs it waits.
+
+        Raises:
+            OutOfMemoryError: there is too little memory even so, or requests of such a version take longer.
+        """
+        deadline = time.monotonic() + FREEING_SECONDS
+        while True:
+            num_freed = self._versions.num_freed
+            try:
+                load.check_room(self.room())
+                prepared.loader.devices.check_room(load.new_by_device, prepared.shared.weights)
+                return
+            except OutOfMemoryError:
+                if not self._versions.wait_freed(num_freed, deadline - time.monotonic()):
+                    raise
 
     def _prepare(self, request: ChangeRequest, served: ServedWeights) -> ServedWeights | Prepared:
         """The version that a request asks for, if it is in memory, or what it is made of."""

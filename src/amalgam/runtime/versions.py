@@ -109,6 +109,7 @@ class VersionBook:
         self._engine = engine
         self._free = free
         self._lock = threading.Lock()  # guards everything below
+        self._freed = threading.Condition(self._lock)
         self._current = first
         self._next_id = first.version_id + 1
         self._used_ids = {first.version_id}
@@ -118,6 +119,8 @@ class VersionBook:
         self._fallback: ServedWeights | None = None
         self._draining: dict[int, _Draining] = {}
         self._has_freed = False  # something else than a version
+        self._num_freeing = 0  # versions that nobody holds, whose weights go
+        self._num_freed = 0
         self._wake = _Signal()
         self._is_closed = False
         self._janitor: StoppableThread | None = None
@@ -131,6 +134,26 @@ class VersionBook:
     def current(self) -> ServedWeights:
         """What new requests run on."""
         return self._current
+
+    @property
+    def num_freed(self) -> int:
+        """How many versions' memory has gone back since the start."""
+        with self._lock:
+            return self._num_freed
+
+    def wait_freed(self, num_freed: int, seconds: float) -> bool:
+        """Wait until more versions than so many have been freed.
+
+        Returns:
+            Whether they have; False at once if no version drains.
+        """
+        with self._lock:
+            self._freed.wait_for(lambda: self._num_freed > num_freed or not self._frees, seconds)
+            return self._num_freed > num_freed
+
+    @property
+    def _frees(self) -> bool:
+        return bool(self._draining or self._num_freeing) and not self._is_closed
 
     def next_id(self) -> int:
         """An id that no version has had."""
@@ -354,7 +377,9 @@ class VersionBook:
 
     def close(self) -> None:
         """End the thread that frees."""
-        self._is_closed = True
+        with self._lock:
+            self._is_closed = True
+            self._freed.notify_all()
         self._engine.on_left = None
         self._wake.set()
 
@@ -450,12 +475,16 @@ class VersionBook:
             gone = [version_id for version_id, one in self._draining.items() if one.served is None]
             weights = [weight for version_id in gone for weight in self._draining.pop(version_id).weights]
             has_freed, self._has_freed = self._has_freed, False
+            self._num_freeing = len(gone)
         if not gone and not has_freed:
             return
         while weights:
             weights.pop()
             time.sleep(0)  # a step that waits for the interpreter's lock gets it
         self._free()
+        with self._lock:
+            self._num_freeing, self._num_freed = 0, self._num_freed + len(gone)
+            self._freed.notify_all()
 
 
 def as_id(weights: str | int) -> int | None:
