@@ -14,7 +14,7 @@ class AmalgamError(Exception):
     """Base of all errors with a user-facing message.
 
     Args:
-        what: what is wrong, naming the offending value.
+        what: what is wrong, naming the offending value. It may end with lines of its own.
         remedy: what the user can do about it; appended as a second sentence.
         param: the field of a request that is at fault.
         details: figures for programs, JSON; an answer has them beside the message.
@@ -27,7 +27,7 @@ class AmalgamError(Exception):
     def __init__(
         self, what: str, *, remedy: str = "", param: str | None = None, details: Mapping[str, Any] | None = None
     ) -> None:
-        super().__init__(f"{what} {remedy}".strip())
+        super().__init__(f"{what}{remedy}" if what.endswith("\n") else f"{what} {remedy}".strip())
         self.what = what
         self.remedy = remedy
         self.param = param

@@ -19,6 +19,7 @@ from tests.conftest import DEMO
 from amalgam.cli import console, main
 from amalgam.engine.core import Engine
 from amalgam.engine.request import FinishReason, RequestOutput
+from amalgam.errors import RequestError
 from amalgam.llm import LLM, SamplingParams
 from amalgam.tools.journal import Journal
 
@@ -60,6 +61,17 @@ def test_markup_and_long_lines_pass_through(
     monkeypatch.setattr(Engine, "generate", answering({0: pieces}))
     code, out, _ = run(capsys, "a prompt", *ARGUMENTS, "4")
     assert (code, out) == (0, "".join(pieces) + "\n")
+
+
+@pytest.mark.parametrize(("flag", "source"), [("--regex", "("), ("--json-schema", '{"type": "objekt"}')])
+def test_a_malformed_grammar_is_refused_before_the_model_is_opened(
+    flag: str, source: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "schema.json").write_text(source)
+    given = source if flag == "--regex" else str(tmp_path / "schema.json")
+    code, out, err = run(capsys, "a prompt", flag, given, "--model", str(tmp_path / "none"))
+    assert (code, out) == (RequestError.exit_code, "")
+    assert flag.removeprefix("--").replace("-", "_") in err and str(tmp_path / "none") not in err
 
 
 def answering(pieces: dict[int, list[str]], error: Exception | None = None, failing: int = 0) -> Callable[..., None]:

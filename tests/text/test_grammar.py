@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from amalgam.errors import RequestError
-from amalgam.text.grammar import CompiledGrammar, Grammar, compile_grammar
+from amalgam.text.grammar import CompiledGrammar, Grammar, check_grammar, compile_grammar
 from amalgam.text.parts import TokenizerParts
 from amalgam.text.tokenizer import Tokenizer
 from tests.conftest import DEMO
@@ -156,6 +156,18 @@ def test_what_cannot_be_followed_is_refused_by_name(
     for _ in range(2):  # also when it is known already
         with raises(RequestError, *named):
             compile_grammar(tokenizer, grammar)
+    if grammar.kind == "lark":  # which needs the tokenizer
+        return
+    with raises(RequestError, *named):
+        check_grammar(grammar)
+
+
+def test_where_a_fault_lies_is_shown_in_lines_of_which_none_steers_a_terminal() -> None:
+    with raises(RequestError) as caught:
+        check_grammar(Grammar("regex", "a\x1b[2J\u202e(b"))
+    lines = str(caught.value).splitlines()
+    assert r"        a\x1b[2J\u202e(b" in lines and len(lines) > 3
+    assert "".join(lines).isprintable()
 
 
 @pytest.mark.parametrize(

@@ -67,16 +67,25 @@ def grammar_of(json_schema: Path | None, regex: str | None) -> Grammar | None:
     """What answers must follow.
 
     Raises:
-        RequestError: both are given, or the file cannot be read.
+        RequestError: both are given, the file cannot be read, or what is given is malformed.
     """
-    from amalgam.text.grammar import Grammar
+    from amalgam.text.grammar import Grammar, check_grammar
 
     if json_schema is None:
-        return None if regex is None else Grammar("regex", regex)
-    if regex is not None:
+        if regex is None:
+            return None
+        grammar = Grammar("regex", regex)
+    elif regex is None:
+        grammar = Grammar("json_schema", _read(json_schema))
+    else:
         raise RequestError("--json-schema and --regex exclude each other.", remedy="Give one of them.")
+    check_grammar(grammar)
+    return grammar
+
+
+def _read(json_schema: Path) -> str:
     try:
-        return Grammar("json_schema", json_schema.read_text(encoding="utf-8"))
+        return json_schema.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise RequestError(f"{str(json_schema)!r} cannot be read: {error}.", remedy="Give a file of JSON.") from None
 

@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, get_args
 from weakref import WeakKeyDictionary
 
+from amalgam.base.escaping import one_line
 from amalgam.base.strict_json import is_longer
 from amalgam.errors import RequestError, UnavailableError, describe
 from amalgam.text.grammar_trial import Trial, make_matcher, make_tokenizer
@@ -40,6 +41,7 @@ TRIAL_SECONDS = 0.5  # then it is compiled once more, here
 _MAX_CACHED = 64
 # Between two tokens of JSON. Without an end a model may write spaces for ever.
 _WHITESPACE = r"[\x20\x0A\x0D\x09]{1,64}"
+_MAX_FAULT_CHARS = 600
 _NUM_THREADS = 2  # masks take them for microseconds
 
 
@@ -169,9 +171,25 @@ class GrammarState:
     def _check(self) -> None:
         if self._matcher.is_error() and self.error is None:
             self.error = RequestError(
-                f"The grammar cannot be followed any further: {describe(self._matcher.get_error(), 400)}.",
+                f"The grammar cannot be followed any further{_quoted(self._matcher.get_error())}",
                 remedy="Make it simpler.",
             )
+
+
+def check_grammar(grammar: Grammar) -> None:
+    """Refuse what is malformed before there is a tokenizer, which takes a model to be opened. Milliseconds.
+
+    Lark rules may name tokens, and so only their length is checked. What is too complex is found by `compile_grammar`.
+
+    Raises:
+        RequestError: it is malformed, or asks for what llguidance does not have.
+    """
+    from llguidance import LLMatcher
+
+    text = _text(grammar)
+    fault = "" if grammar.kind == "lark" else LLMatcher.validate_grammar(text)
+    if fault:
+        raise _refused(grammar, fault)
 
 
 def compile_grammar(tokenizer: Tokenizer, grammar: Grammar) -> CompiledGrammar:
@@ -252,10 +270,21 @@ class GrammarCompiler:
 
 
 def _refused(grammar: Grammar, fault: str) -> RequestError:
+    if grammar.kind == "regex":  # llguidance puts it into a rule, whose name and columns are none of the user's
+        fault = fault.partition(" (in regex): ")[2] or fault
+        fault = fault.partition("\n   1 | start: ")[0]
     return RequestError(
-        f"The {grammar.kind} cannot be followed: {describe(fault, 600)}.",
+        f"The {grammar.kind} cannot be followed{_quoted(fault)}",
         remedy="Correct it, or leave out what is not supported.",
     )
+
+
+def _quoted(fault: str) -> str:
+    """The end of a sentence: llguidance's words, which point at places in lines where they have several."""
+    lines = fault.strip("\n")[:_MAX_FAULT_CHARS].split("\n")
+    if len(lines) == 1:
+        return f": {describe(fault, _MAX_FAULT_CHARS)}."
+    return ":\n" + "".join(f"    {one_line(line)}\n" for line in lines)
 
 
 def _text(grammar: Grammar) -> str:
