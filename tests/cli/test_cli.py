@@ -16,6 +16,7 @@ from tests.conftest import DEMO, ROOT
 
 from amalgam.cli import VERBS, main, serve
 from amalgam.config.settings import Settings
+from amalgam.errors import CheckpointError
 from amalgam.experts.saved.files import load
 from amalgam.kernels.backends.cpu import extension
 from amalgam.llm import LLM
@@ -219,9 +220,27 @@ def test_quantize_reports_what_it_wrote(tmp_path: Path, capsys: pytest.CaptureFi
         "tokenizer.json",
         "tokenizer_config.json",
     ]
-    code, _, err = run(capsys, "quantize", str(DEMO), str(out_folder), "--format", "int8")
-    assert code == 3
-    assert "exists already" in err
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ("quantize", "MODEL", "MODEL", "--format", "int4"),
+        ("export", "MODEL", "--to", "vllm", "--model", "MODEL"),
+        ("prune", "--model", "MODEL", "--out", "MODEL", "--experts", "25%", "--text", "none.txt"),
+        ("distill", "MODEL", "--student", "MODEL", "--text", "none.txt"),
+        ("demo", "MODEL"),
+    ],
+    ids=lambda arguments: arguments[0],
+)
+def test_what_is_read_is_never_written_over_nor_named_as_what_can_go(
+    arguments: tuple[str, ...], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "model.safetensors").write_text("no checkpoint: whoever opened it would say that")
+    code, _, err = run(capsys, *(str(tmp_path) if argument == "MODEL" else argument for argument in arguments))
+    assert code == CheckpointError.exit_code
+    assert f"{tmp_path} " in err and "remove" not in err.lower()
+    assert [path.name for path in tmp_path.iterdir()] == ["model.safetensors"]
 
 
 def test_bench_ends_with_one_json_object(capsys: pytest.CaptureFixture[str]) -> None:

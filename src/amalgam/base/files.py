@@ -152,9 +152,15 @@ def _locked(path: Path, lock: FileLock | None) -> Iterator[FileLock]:
 
 
 def check_free(path: Path) -> None:
-    """Raise CheckpointError if a folder cannot be made there: something is, and it is not an empty folder."""
-    if path.is_symlink() or (path.exists() and (not path.is_dir() or any(path.iterdir()))):
-        raise CheckpointError(f"{path} exists already.", remedy="Remove it or choose another folder.")
+    """Raise CheckpointError if a folder cannot be made there: something is, and it is not an empty folder.
+
+    To be asked before anything that takes long, such as a download. What is there may be the checkpoint that is read,
+    or the only copy of another one, so that nobody is told to remove it.
+    """
+    with writing(path):
+        is_taken = path.is_symlink() or (path.exists() and (not path.is_dir() or any(path.iterdir())))
+    if is_taken:
+        raise CheckpointError(f"{path} exists already.", remedy="Name a folder that does not exist, or an empty one.")
 
 
 @contextmanager

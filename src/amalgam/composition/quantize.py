@@ -22,7 +22,7 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from amalgam.base.files import resumable_folder, writing
+from amalgam.base.files import check_free, resumable_folder, writing
 from amalgam.base.locks import FileLock
 from amalgam.calibration.stream import Stream
 from amalgam.checkpoint.writer import shard_name
@@ -98,6 +98,7 @@ def make_checkpoint(
     """
     weight_format = writable_format(recipe.format_name)
     recipe.check(weight_format)
+    check_free(out_folder)
     model = WideModel.open(checkpoint)
     source, family, spec, slots = model.source, model.family, model.spec, dict(model.slots)
     report = QuantizeReport(out_folder, recipe.format_name, recipe.method)

@@ -72,7 +72,7 @@ class Journal:
             raise ConflictError(f"{str(output)!r} is being written by {lock.holder}.", remedy="Wait for it.")
         try:
             if output.exists():  # who has just finished it held the lock until then
-                raise ConflictError(f"{str(output)!r} exists.", remedy="Remove it, or name another output.")
+                raise ConflictError(f"{str(output)!r} exists already.", remedy="Name another output.")
             descriptor = os.open(partial, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_APPEND, 0o666)
             journal = cls(output, {}, lock, descriptor)
         except BaseException:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from amalgam.base.files import partial_folder, resumable_folder, writing
+from amalgam.base.files import check_free, partial_folder, resumable_folder, writing
 from amalgam.composition.loader import ModelLoader
 from amalgam.composition.progress import Progress
 from amalgam.config.settings import Settings
@@ -55,6 +55,8 @@ def export_model(
     """
     target = find_target(target_name)
     _check_options(target, options)
+    if not is_dry:
+        check_free(folder)
     if texts is not None:
         read_texts(texts.files)  # which may not be there: before anything that takes longer
     model = open_plan(settings, progress)

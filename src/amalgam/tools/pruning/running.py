@@ -11,12 +11,12 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from amalgam.base.files import replace_file, writing
+from amalgam.base.files import check_free, replace_file, writing
 from amalgam.composition.progress import Progress
 from amalgam.composition.wide import WideModel
 from amalgam.config.environment import state_folder
 from amalgam.config.settings import Settings
-from amalgam.errors import CheckpointError, ConfigError
+from amalgam.errors import ConfigError
 from amalgam.evaluation.texts import Sample
 from amalgam.planning.sensitivity import Cost
 from amalgam.pruning.writing import SparseMaker, Written, write_pruned
@@ -134,8 +134,8 @@ def prune(
             f"{len(options.amounts)} amounts and {len(options.criteria)} criteria are given, and one folder to write.",
             remedy="Give one of each, or leave out --out to compare them.",
         )
-    if out is not None and out.exists() and not (out.is_dir() and not any(out.iterdir())):
-        raise CheckpointError(f"{out} exists already.", remedy="Remove it or choose another folder.")
+    if out is not None:
+        check_free(out)
     set_threads(settings.engine)
     model = WideModel.open(settings.model.base_path)
     check_amounts(model.spec, options)

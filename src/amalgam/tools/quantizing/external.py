@@ -21,7 +21,7 @@ from typing import Any
 
 import torch
 
-from amalgam.base.files import resumable_folder, writing
+from amalgam.base.files import check_free, resumable_folder, writing
 from amalgam.base.strict_json import parse_json
 from amalgam.checkpoint.store import TensorStore
 from amalgam.checkpoint.writer import write_checkpoint
@@ -187,6 +187,7 @@ def quantize_with(
         UnavailableError: the tool has failed.
     """
     method = checked_method(tool, recipe)
+    check_free(out_folder)
     base = _Base.open(checkpoint)
     job = _job(tool, method, base, recipe)
     report = QuantizeReport(out_folder, recipe.format_name, method)
