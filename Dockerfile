@@ -1,8 +1,10 @@
-# amalgam on CPUs. `docker build -t amalgam .`; docs/production.md says how to run it.
+# amalgam on CPUs, or with TORCH_INDEX on NVIDIA GPUs too. `docker build -t amalgam .`; docs/production.md says how to
+# run it.
 ARG PYTHON_IMAGE=python:3.11-slim-bookworm
 
 FROM ${PYTHON_IMAGE} AS build
-# PyTorch without CUDA, which is a tenth of the size. Another index brings another build.
+# PyTorch without CUDA, which is a tenth of the size. Another index brings another build: https://pypi.org/simple has
+# the one with CUDA, which brings Triton.
 ARG TORCH_INDEX=https://download.pytorch.org/whl/cpu
 ENV PIP_DISABLE_PIP_VERSION_CHECK=1 \
     PIP_NO_CACHE_DIR=1
@@ -34,10 +36,20 @@ RUN groupadd --gid 10001 amalgam \
  && install --directory --owner amalgam --group amalgam /cache \
  && install --directory /config /models
 COPY --from=build /opt/amalgam /opt/amalgam
-# All that is written goes to /cache: packed and derived weights, downloads, statistics.
+# Triton compiles a launcher in C for each kernel, where it runs. Python's headers are in the base image.
+# hadolint ignore=DL3008
+RUN if /opt/amalgam/bin/python -c 'import sys, importlib.util as u; sys.exit(u.find_spec("triton") is None)'; then \
+      apt-get update \
+   && apt-get install --yes --no-install-recommends gcc libc6-dev \
+   && rm -rf /var/lib/apt/lists/*; \
+    fi
+# All that is written goes to /cache: packed and derived weights, downloads, statistics, compiled kernels. The driver's
+# libraries are the host's, of which NVIDIA's container toolkit mounts those that are named.
 ENV PATH=/opt/amalgam/bin:${PATH} \
     PYTHONUNBUFFERED=1 \
     HF_HOME=/cache/hub \
+    TRITON_CACHE_DIR=/cache/triton \
+    NVIDIA_DRIVER_CAPABILITIES=compute,utility \
     AMALGAM_SERVER_HOST=0.0.0.0 \
     AMALGAM_SERVER_PORT=8080 \
     AMALGAM_INFERENCE_PACKED_CACHE=/cache/packed

@@ -73,9 +73,11 @@ def dockerfile() -> tuple[str, str]:
     return build, last
 
 
-def test_image_runs_without_root_compiler_and_pip() -> None:
+def test_image_runs_without_root_and_pip_and_has_a_compiler_for_triton_alone() -> None:
     build, last = dockerfile()
     assert "g++" in build and "g++" not in last and "pip install" not in last
+    [installs] = re.findall(r"^RUN .*apt-get install.*$", last, re.MULTILINE)
+    assert re.search(r'^RUN if .*find_spec\("triton"\).*; then .*\bgcc libc6-dev\b.*; +fi$', installs)
     assert re.search(rf"^USER {IMAGE_USER}:{IMAGE_USER}$", last, re.MULTILINE)
     assert re.search(r"^HEALTHCHECK .*/health'", last, re.MULTILINE)
     set_by_us = set(re.findall(r"\b(AMALGAM_\w+)=", last))
