@@ -21,9 +21,10 @@ from amalgam.evaluation.running import Contestant
 from amalgam.evaluation.texts import Sample, Window
 from amalgam.kernels.backends.cpu.backend import CpuBackend
 from amalgam.kernels.backends.reference.interpreter import ReferenceBackend
+from amalgam.kernels.step import StepContext
 from amalgam.models.decoder import Decoder
 from amalgam.models.weights import WeightVersion
-from amalgam.planning.shadow import Comparison
+from amalgam.planning.shadow import Comparison, Throttle
 from amalgam.planning.trial_plans import CanaryLimits, CanaryPlan, ShadowLimits, ShadowPlan
 from amalgam.runtime import opening
 from amalgam.runtime.changes import ChangeRequest
@@ -338,8 +339,6 @@ def break_version(monkeypatch: pytest.MonkeyPatch, version_id: int) -> None:
 
 def test_a_comparison_says_what_an_evaluation_of_the_same_tokens_says(deployment: Deployment) -> None:
     """Both plans on one text: prompt and answer in chunks there, as a whole here."""
-    from amalgam.planning.shadow import Comparison, Throttle
-
     now, candidate = deployment.versions.current, deployment.versions.find("other")
     token_ids = deployment.tokenizer.encode(TEXTS[0] * 6)
     comparison = Comparison(
@@ -361,6 +360,34 @@ def test_a_comparison_says_what_an_evaluation_of_the_same_tokens_says(deployment
     assert found.agreement.value == pytest.approx(other.agrees.mean())
     assert found.perplexity_candidate.value == pytest.approx(float(torch.tensor(other.loss).mean().exp()), rel=1e-6)
     assert found.perplexity_now.value == pytest.approx(float(torch.tensor(own.loss).mean().exp()), rel=1e-6)
+
+
+def test_all_requests_are_compared_over_one_cache_whose_recordings_are_made_before_anything_is_timed(
+    deployment: Deployment, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Noting:
+        """Notes the caches that steps run over, and with how many tokens."""
+
+        def __init__(self, compiled: Any, steps: list[tuple[int, int]]) -> None:
+            self._compiled, self._steps = compiled, steps
+
+        def __getattr__(self, name: str) -> Any:
+            return getattr(self._compiled, name)
+
+        def run(self, step: StepContext) -> torch.Tensor:
+            self._steps.append((id(step.kv), sum(len(sequence.token_ids) for sequence in step.sequences)))
+            return self._compiled.run(step)  # type: ignore[no-any-return]
+
+    steps: list[tuple[int, int]] = []
+    compile_version = Decoder.compile
+    monkeypatch.setattr(Decoder, "compile", lambda *given: Noting(compile_version(*given), steps))
+    now, candidate = deployment.versions.current, deployment.versions.find("other")
+    throttle = Throttle(1.0, lambda: None, lambda seconds: None)
+    comparison = Comparison(now.loader, torch.bfloat16, now.version, candidate.version, 64, throttle)
+    for length in (12, 30, 7):
+        assert comparison.add(range(5, 5 + length), 4)
+    assert [count for _, count in steps[:2]] == [1, 1]
+    assert len(steps) == 2 + 3 * 2 * 5 and len({kv for kv, _ in steps}) == 1
 
 
 def test_no_version_is_compiled_in_the_step_thread(deployment: Deployment, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -166,6 +166,7 @@ class Comparison:
         throttle: Throttle,
     ) -> None:
         self._decoder = Decoder(loader.spec, max_tokens, dtype, loader.device)
+        self._cache: KVCache | None = None  # one for all requests: what is recorded of steps belongs to a cache
         self._versions: tuple[WeightVersion, ...] = now, candidate
         self._names = "the weights in use", "the candidate"
         self._at_once = rows_at_once(loader.spec.vocab_size)
@@ -187,6 +188,8 @@ class Comparison:
         Raises:
             CheckpointError: of the candidate only, hidden states or logits hold NaN or infinity.
         """
+        if self._cache is None:
+            self._begin(token_ids[0])
         runs: dict[int, _Run] = {}
         failure: CheckpointError | None = None
         for which in (0, 1) if len(self._rows) % 2 else (1, 0):  # who comes second finds the caches warm
@@ -215,6 +218,23 @@ class Comparison:
         self._rows.append(_Row(divergence, agreement, loss_now, loss_candidate, (kept[0], kept[1])))
         return True
 
+    def _begin(self, token_id: int) -> None:
+        """Make now what the first steps would else wait for, since they are timed."""
+        decoder = self._decoder
+        num_blocks = -(-decoder.max_positions // BLOCK_SIZE)
+        self._cache = KVCache.allocate(decoder.spec, num_blocks, BLOCK_SIZE, decoder.dtype, decoder.device)
+        for version in self._versions:
+            decoder.prepare(version, self._cache)
+            decoder.compile(version).run(self._step([token_id], 0, 1))
+            self._throttle("Comparing", 0, 1)
+
+    def _step(self, token_ids: Sequence[int], first: int, num_logits: int) -> StepContext:
+        """Of tokens of the one sequence, the first of them at a position."""
+        assert self._cache is not None
+        state = SequenceState.of(0, first) if self._decoder.spec.state_bytes else None
+        blocks = range(-(-(first + len(token_ids)) // BLOCK_SIZE))
+        return StepContext([StepSequence(list(token_ids), first, blocks, num_logits, state)], self._cache)
+
     def _log_probabilities(self, runs: Mapping[int, _Run], which: int, rows: Tensor) -> Tensor:
         compiled = self._decoder.compile(self._versions[which])
         return log_probabilities(compiled, runs[which].hidden[rows], self._names[which]).cpu()
@@ -225,15 +245,12 @@ class Comparison:
         compiled = decoder.compile(self._versions[which])
         num_single = min(_SINGLE_TOKENS, len(token_ids) - 1)
         num_together = len(token_ids) - num_single
-        blocks = range(-(-len(token_ids) // BLOCK_SIZE))
-        cache = KVCache.allocate(decoder.spec, len(blocks), BLOCK_SIZE, decoder.dtype, decoder.device, num_states=1)
         hidden: list[Tensor] = []
 
         def run(first: int, stop: int, num_logits: int) -> float:
-            state = SequenceState.of(0, first) if decoder.spec.state_bytes else None
-            sequence = StepSequence(list(token_ids[first:stop]), first, blocks, num_logits, state)
+            step = self._step(token_ids[first:stop], first, num_logits)
             started = _clock(decoder.device)
-            compiled.run(StepContext([sequence], cache))
+            compiled.run(step)
             seconds = _clock(decoder.device) - started
             hidden.append(compiled.hidden().clone())
             self._throttle("Comparing", stop, len(token_ids))
@@ -250,6 +267,7 @@ class Comparison:
     def close(self) -> None:
         """Let the weights go; the figures stay."""
         self._versions = ()
+        self._cache = None
 
     def read(self) -> Compared | None:
         """What is known so far; None: nothing. In any thread."""

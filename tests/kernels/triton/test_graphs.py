@@ -8,19 +8,19 @@ import pytest
 import torch
 from torch import Tensor
 
-from amalgam.kernels.step import Cache, LayerCache, SequenceState, StepContext, StepSequence
+from amalgam.kernels.step import Cache, LayerCache, LayerState, SequenceState, StepContext, StepSequence
 from amalgam.models.kv_cache import KVCache
 
 pytest.importorskip("triton")
 
 from amalgam.kernels.backends.triton.graphs import (
     SIZES,
-    WARMING_LENGTHS,
     CapturedProgram,
     Outputs,
     RecordedStep,
     Recordings,
 )
+from amalgam.kernels.backends.triton.warming import WARMING_LENGTHS, Warmed, WarmUp
 from tests.kernels.triton.backend import CPU, Again, Repeater
 
 BLOCK_SIZE, NUM_BLOCKS = 2, 20
@@ -177,9 +177,9 @@ def test_recordings_leave_their_logits_in_one_place() -> None:
 
 
 def test_a_version_is_warmed_up_once_for_each_cache_and_writes_nothing() -> None:
-    own = torch.tensor([5.0])
+    own, warmed = torch.tensor([5.0]), Warmed(16)
     plain, (_, recordings, _) = Summing(own), captured()
-    program = CapturedProgram(plain, recordings, (own,))
+    program = CapturedProgram(plain, recordings, (own,), warm_up=WarmUp(lambda: plain, warmed))
     caches = new_cache(), new_cache()
     for kv in (*caches, *caches):
         kv.layers[0].keys.fill_(9)
@@ -188,11 +188,34 @@ def test_a_version_is_warmed_up_once_for_each_cache_and_writes_nothing() -> None
     assert plain.seen == 2 * [[length] for length in WARMING_LENGTHS if length <= 16]
     assert recordings.num_recorded == 0
 
-    # A version that differs in where its experts lie needs nothing more; of one that is not recorded nothing is run.
+    # A version that differs in where its experts lie needs nothing more, nor does one that nothing is compiled for.
     second, third = Summing(own), Summing(own)
-    CapturedProgram(second, recordings, (own,)).warm_up(caches[0])
-    CapturedProgram(third, None, reason="states").warm_up(caches[0])
+    CapturedProgram(second, recordings, (own,), warm_up=WarmUp(lambda: second, warmed)).warm_up(caches[0])
+    CapturedProgram(third, None, reason="no graphs").warm_up(caches[0])
     assert not second.seen and not third.seen
+
+
+def test_warming_up_leaves_no_state_and_no_index_key() -> None:
+    class Keeping(Summing):
+        """Writes what carries a state along a sequence, and what an indexer finds tokens by."""
+
+        def run(self, step: StepContext) -> Tensor:
+            states, index = step.kv.states[0], step.kv.indexes[0]
+            assert states is not None and index is not None
+            for sequence in step.sequences:
+                assert sequence.state is not None and sequence.state.source is None
+                for part in states:
+                    part[sequence.state.target] += 1
+            index.keys[step.slot_ids] += 1
+            return super().run(step)
+
+    own, slots = torch.tensor([5.0]), NUM_BLOCKS * BLOCK_SIZE
+    layer, index = (LayerCache(torch.zeros(slots, 1, 1), torch.zeros(slots, 1, width)) for width in (1, 0))
+    state = LayerState(torch.zeros(3, 2, 4), torch.zeros(3, 1, 4, 4))
+    kv, plain = KVCache([layer], BLOCK_SIZE, [state], [index]), Keeping(own)
+    CapturedProgram(plain, None, reason="states", warm_up=WarmUp(lambda: plain, Warmed(40))).warm_up(kv)
+    assert plain.seen == [[1], [16], [32]]
+    assert not any(tensor.any() for tensor in (*layer[:2], *index[:2], *state))
 
 
 @pytest.mark.parametrize(

@@ -6,6 +6,7 @@ import gc
 import weakref
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -85,13 +86,24 @@ def test_what_is_recorded_for_itself() -> None:
         assert len(repeater.recordings) == number
 
 
+class Noting(TritonBackend):
+    """Keeps of how many rows its experts have been asked."""
+
+    def expert_outputs(self, x: Tensor, *arguments: Any, **more: Any) -> None:
+        self.rows = [*getattr(self, "rows", ()), len(x)]
+        super().expert_outputs(x, *arguments, **more)
+
+
 def test_experts_on_two_devices() -> None:
     """The other one computes by the reference: Triton's interpreter runs one kernel at a time in a process."""
     cache, table = new_cache(), experts(BEFORE)
-    backend, reference = TritonBackend(torch.float32, CPU, Repeater()), ReferenceBackend(torch.float32, CPU)
+    backend, reference = Noting(torch.float32, CPU, Repeater()), ReferenceBackend(torch.float32, CPU)
     splitter = Splitter(backend, lambda name: reference)
     program = program_of(replace(table, devices=(None, "cpu:1", "cpu:1")))
-    split = backend.compile(splitter.split(program), [])
+    angles = torch.zeros(16, 1)  # of so many positions
+    split = backend.compile(splitter.split(program), [(angles, angles)])
+    split.warm_up(cache)  # the other device is not asked
+    assert backend.rows == [1, 16] and splitter.traffic["cpu:1"].num_calls == 0
     whole = logits_of(reference.compile(program_of(table), []), cache)
     torch.testing.assert_close(logits_of(split, cache), whole, rtol=1e-5, atol=1e-5 * float(whole.std()))
     assert splitter.traffic["cpu:1"].num_rows > 0

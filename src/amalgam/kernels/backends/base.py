@@ -106,6 +106,11 @@ class OwnMixture(ExpertTable):
         """See `Mix`: `[tokens, hidden]` in x's type."""
         raise NotImplementedError
 
+    def alone(self) -> OwnMixture:
+        """The same, but that other devices are given nothing, and the outputs of experts there are anything: for steps
+        that are run for what this device makes ready."""
+        raise NotImplementedError
+
     @property
     def who(self) -> str:
         """Who computes it and where; for people."""

@@ -56,6 +56,9 @@ class SplitExperts(OwnMixture):
             _finish(begun)  # whatever has failed: they write to `outputs`
         return self.backend.weighted_sum(outputs, expert_ids, gate_weights, x.dtype)
 
+    def alone(self) -> SplitExperts:
+        return replace(self, far=(), num_helpers=0)
+
     @property
     def who(self) -> str:
         counts = Counter(name or "here" for name in self.devices)

@@ -20,8 +20,11 @@ from amalgam.kernels.backends.triton.kinds import TritonWeight
 from amalgam.kernels.backends.triton.operators import TritonOperators, who_runs, why_not_recorded
 from amalgam.kernels.backends.triton.sharing import signature_of, tables_of, with_tables
 from amalgam.kernels.backends.triton.steps import with_expanded_latents
+from amalgam.kernels.backends.triton.warming import Warmed, WarmUp
 from amalgam.kernels.packed import ExpertTable, PackedWeight
 from amalgam.kernels.program import Embed, Head, Instruction, Mix, Program, Project
+
+_Key = tuple[Any, ...]
 
 
 class TritonBackend(ByOperators):
@@ -53,7 +56,8 @@ class TritonBackend(ByOperators):
         self._latents: WeakKeyDictionary[PackedWeight, PackedWeight] = WeakKeyDictionary()
         # What is recorded stays as long as a version's program needs it, and what it reads as long as that: so no
         # address in a key has come to mean another tensor.
-        self._recordings: WeakValueDictionary[tuple[Any, ...], Recordings] = WeakValueDictionary()
+        self._recordings: WeakValueDictionary[_Key, Recordings] = WeakValueDictionary()
+        self._warmed: WeakValueDictionary[_Key, Warmed] = WeakValueDictionary()
         self._compiling = threading.Lock()  # any thread compiles
 
     def coded_bytes(self, shape: tuple[int, ...]) -> int | None:
@@ -76,10 +80,13 @@ class TritonBackend(ByOperators):
             compiled = self._interpreted(program, tables)
             if self._recorder is None:
                 return CapturedProgram(compiled, None, reason=f"there are no graphs on {self.device}")
+            key = _key(program, tables)
+            warm_up = self._warm_up(program, tables, key)
             reason = why_not_recorded(program, self._dtype)
             if reason is not None:
-                return CapturedProgram(compiled, None, reason=reason)
-            return CapturedProgram(compiled, self._recorded(program, tables, self._recorder), tables_of(program))
+                return CapturedProgram(compiled, None, reason=reason, warm_up=warm_up)
+            recordings = self._recorded(program, tables, key, self._recorder)
+            return CapturedProgram(compiled, recordings, tables_of(program), warm_up=warm_up)
 
     def ready(self, program: Program) -> Program:
         """The program with all tables that its launches read; see `sharing.py` for whose launches are alike."""
@@ -92,10 +99,16 @@ class TritonBackend(ByOperators):
     def _interpreted(self, program: Program, tables: Tables) -> Interpreted:
         return Interpreted(program, self._dtype, tables, TritonOperators, self._who)
 
-    def _recorded(self, program: Program, tables: Tables, recorder: Recorder) -> Recordings:
+    def _warm_up(self, program: Program, tables: Tables, key: _Key) -> WarmUp:
+        """What compiles the kernels of programs like this one."""
+        found = self._warmed.get(key)
+        if found is None:
+            found = self._warmed[key] = Warmed(_num_positions(program, tables))
+        alone = Program(tuple(map(_alone, program.instructions)))
+        return WarmUp(lambda: self._interpreted(alone, tables), found)
+
+    def _recorded(self, program: Program, tables: Tables, key: _Key, recorder: Recorder) -> Recordings:
         """What is recorded of programs like this one, which differ in where their experts lie."""
-        rotations = tuple(part.data_ptr() for pair in tables for part in pair)
-        key = (signature_of(program), rotations)
         found = self._recordings.get(key)
         if found is None:
             own = [torch.empty_like(table) for table in tables_of(program)]
@@ -138,6 +151,17 @@ class TritonBackend(ByOperators):
 
     def _who(self, instruction: Instruction, dtype: torch.dtype) -> str:
         return who_runs(instruction, dtype, self.device)
+
+
+def _key(program: Program, tables: Tables) -> _Key:
+    """Equal for programs that launch the same kernels on the same weights and rotations."""
+    return signature_of(program), tuple(part.data_ptr() for pair in tables for part in pair)
+
+
+def _alone(one: Instruction) -> Instruction:
+    if isinstance(one, Mix) and isinstance(one.experts, OwnMixture):
+        return replace(one, experts=one.experts.alone())
+    return one
 
 
 def _num_positions(program: Program, tables: Tables) -> int:

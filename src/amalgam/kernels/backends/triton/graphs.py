@@ -19,9 +19,6 @@ over those that the recordings read, in the order of the stream.
 
 What is not recorded runs as before: prompts, steps with recurrent states, and programs with an instruction that asks
 the host (`reason`).
-
-Before a version goes live, steps that write nowhere have its kernels compiled (`warm_up`): a variant takes seconds, and
-a step that came upon one would hold up all streams.
 """
 
 from __future__ import annotations
@@ -29,25 +26,21 @@ from __future__ import annotations
 import functools
 import logging
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
-from functools import cached_property
 from typing import NamedTuple, Protocol
-from weakref import WeakKeyDictionary, WeakSet
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
 
 from amalgam.kernels.backends.base import Compiled
-from amalgam.kernels.backends.triton import sampling
 from amalgam.kernels.backends.triton.batches import MOST_SINGLE, TokenBatch
+from amalgam.kernels.backends.triton.warming import WarmUp
 from amalgam.kernels.step import AttentionBatch, Cache, Observer, StepContext, StepSequence
 
 SIZES = (1, 2, 4, *range(8, 129, 8))
-# Tokens of steps that need, together, every kernel that a model launches: a tile's rows are a power of two, and the
-# tallest tiles, of the experts of the models with the most of them, come with 768 tokens.
-WARMING_LENGTHS = (1, 16, 32, 64, 128, 256, 512, 1024)
 _NOWHERE = -1
 
 logger = logging.getLogger("amalgam.models")
@@ -233,23 +226,6 @@ class RecordedStep(StepContext):
         return TokenBatch(nothing, nothing, self.buffers.tables, self.kv.block_size, tiles=self.buffers.rows[2:])
 
 
-@dataclass(frozen=True)
-class UnwrittenStep(StepContext):
-    """A step whose keys and values go nowhere: it is run for what running it makes."""
-
-    @cached_property
-    def slot_ids(self) -> Tensor:
-        return torch.full_like(super().slot_ids, _NOWHERE)
-
-
-def warming_steps(kv: Cache, max_positions: int) -> Iterator[UnwrittenStep]:
-    """One sequence each, which reads whatever is in the cache's first block."""
-    for length in WARMING_LENGTHS:
-        if length <= max_positions:
-            blocks = [0] * -(-length // kv.block_size)
-            yield UnwrittenStep([StepSequence([0] * length, 0, blocks, 1)], kv)
-
-
 class _Kept:
     """Keeps the tensors of the routing, which every replay writes anew."""
 
@@ -304,16 +280,9 @@ class Recordings:
         self._program = program
         self._recorder = recorder
         self._max_positions = max_positions
-        self._warm: WeakSet[Cache] = WeakSet()
         self._taken: WeakKeyDictionary[Cache, dict[int, _Taken]] = WeakKeyDictionary()
         self._owner: Sequence[Tensor] | None = None
         self._logits: Tensor | None = None
-
-    def warming_steps(self, kv: Cache) -> Iterator[StepContext]:
-        """What has to be run over a cache so that no kernel is left to be compiled; nothing the second time."""
-        if kv not in self._warm:
-            yield from warming_steps(kv, self._max_positions)
-            self._warm.add(kv)
 
     def takes(self, step: StepContext) -> bool:
         """Whether a step can be replayed: few tokens, a few for each sequence, and no recurrent state."""
@@ -386,6 +355,7 @@ class CapturedProgram:
         recordings: None: nothing is recorded.
         tables: this version's, in the order of the recordings'; not written to as long as a step may need them.
         reason: why nothing is recorded, for people.
+        warm_up: see `Compiled`; None: there is nothing to be compiled.
     """
 
     def __init__(
@@ -394,11 +364,13 @@ class CapturedProgram:
         recordings: Recordings | None,
         tables: Sequence[Tensor] = (),
         reason: str | None = None,
+        warm_up: WarmUp | None = None,
     ) -> None:
         self._program = program
         self._recordings = recordings
         self._tables = tables
         self._reason = reason
+        self._warm_up = warm_up
         self._hidden: Tensor | None = None  # of the last step, if that was replayed
 
     @torch.inference_mode()
@@ -414,13 +386,9 @@ class CapturedProgram:
             _show(outputs, num_rows, step.observer)
         return _wanted(outputs.logits, step.sequences, num_rows)
 
-    @torch.inference_mode()
     def warm_up(self, kv: Cache) -> None:
-        """See `Compiled`. Of what can be recorded: of other programs a step would leave states."""
-        for step in () if self._recordings is None else self._recordings.warming_steps(kv):
-            logits = self._program.run(step)
-            if sampling.supports(logits):
-                sampling.draw(logits, [(0, 0.0, 1.0, 0.0, 0.0)])
+        if self._warm_up is not None:
+            self._warm_up(kv)
 
     def hidden(self) -> Tensor:
         return self._program.hidden() if self._hidden is None else self._hidden
