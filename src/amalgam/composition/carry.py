@@ -21,7 +21,7 @@ from amalgam.composition.check import HEAD, check_leftovers
 from amalgam.composition.source import CONFIG_NAME, Source
 from amalgam.errors import AmalgamError
 from amalgam.formats.fused import whole_of
-from amalgam.formats.gguf.names import is_rope_table
+from amalgam.formats.gguf.pieces import is_rope_table
 from amalgam.models.spec import Family, ModelSpec
 from amalgam.text.gguf.metadata import MODEL_KEY, build_tokenizer
 

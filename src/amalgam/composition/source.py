@@ -32,7 +32,7 @@ from amalgam.formats.declared.config import read_declaration
 from amalgam.formats.declared.values import Declaration
 from amalgam.formats.fused import FusedTensor, TensorPart, TensorSlice, whole_of
 from amalgam.formats.gguf import config as gguf_config
-from amalgam.formats.gguf import names as gguf_names
+from amalgam.formats.gguf import pieces as gguf_pieces
 from amalgam.kernels.packed import PackedWeight
 
 CONFIG_NAME = "config.json"
@@ -214,6 +214,6 @@ def _read_config(store: TensorStore) -> tuple[dict[str, Any], str]:
 
 def _recognise_gguf(store: TensorStore) -> Iterator[tuple[str, StoredWeight]]:
     """Every tensor is a whole weight, or a part of one that holds many; its type is in its header."""
-    for name, piece in gguf_names.translate(store):
+    for name, piece in gguf_pieces.translate(store):
         stored = recognise(name, piece.parts, Declaration(), reader(store))
         yield name, replace(stored, arrange=piece.arrange)

@@ -1,50 +1,18 @@
-"""GGUF's tensor names → the logical names of the published checkpoint, with what llama.cpp's converter did undone.
+"""How GGUF files call the tensors of each architecture, and what llama.cpp's converter does to some of them.
 
-In: an opened GGUF checkpoint. Out: logical name → the tensor, or the part of one, that holds it. Names that are not in
-the architecture's table are refused. Must never know: layers, families, what is done with a weight.
-
-The converter stacks the experts of a layer (expert e is one run of bytes), and for llama and its relatives reorders the
-rows of query and key from two halves per head into pairs (`LlamaModel.permute`). Both concern whole rows, so they are
-undone on the bytes of any type. To the norms of Gemma it adds the 1 that their class adds; these are always float32.
+In: nothing. Out: `NAMINGS`, architecture → GGUF name → logical name of the published checkpoint. Must never know:
+files, layers, families.
 """
 
 from __future__ import annotations
 
-import re
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field, replace
-from math import prod
-from typing import NoReturn
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 
-import torch
-from torch import Tensor
-
-from amalgam.checkpoint.store import TensorEntry, TensorStore
-from amalgam.errors import CheckpointError, UnsupportedError, describe
-from amalgam.formats.contract import WEIGHT_SUFFIX
-from amalgam.formats.fused import check_num_pieces
-from amalgam.formats.gguf.latent import KEY_PART, VALUE_PART
-
-ARCHITECTURE_KEY = "general.architecture"
-Arrange = Callable[[Tensor], Tensor]
+from amalgam.formats.gguf import undoing
+from amalgam.formats.gguf.undoing import Arrange
 
 _LAYER = "model.layers.{}"
-_NUMBER = re.compile(r"(?<=\.)\d{1,6}(?=\.)")
-_LATENT = re.compile(r"blk\.(\d{1,6})\.attn_([kv])_b\.weight")
-# Not weights: the configuration is made from them (`formats.gguf.config`).
-_ROPE_TABLES = re.compile(r"(blk\.\d+\.)?rope_(freqs|factors_long|factors_short)\.weight")
-
-
-@dataclass(frozen=True)
-class Piece:
-    """A logical weight in a GGUF file: its tensors by role, and how their rows come into the published order."""
-
-    parts: Mapping[str, TensorEntry]
-    arrange: Arrange | None = None
-
-
-def _piece(entry: TensorEntry, arrange: Arrange | None = None) -> Piece:
-    return Piece({WEIGHT_SUFFIX: entry}, arrange)
 
 
 @dataclass(frozen=True)
@@ -65,154 +33,6 @@ class Naming:
     has_transposed: bool = False
     has_raised_norms: bool = False
     values: Mapping[str, Arrange] = field(default_factory=dict)
-
-
-def is_rope_table(name: str) -> bool:
-    """Whether a tensor holds no weight, but numbers that the configuration is made from."""
-    return _ROPE_TABLES.fullmatch(name) is not None
-
-
-def translate(store: TensorStore) -> Iterator[tuple[str, Piece]]:
-    """Every logical weight of a GGUF checkpoint.
-
-    Raises:
-        UnsupportedError: an architecture without a table.
-        CheckpointError: a tensor without a known meaning, or whose shape contradicts the metadata.
-    """
-    architecture = store.metadata[ARCHITECTURE_KEY]
-    naming = NAMINGS.get(architecture)
-    if naming is None:
-        raise UnsupportedError(
-            f"{store.files[0]} is of architecture {describe(architecture)}, whose tensor names are not known.",
-            remedy=f"Known: {', '.join(sorted(NAMINGS))}.",
-        )
-    whole = naming.names.get("blk.{}.attn_kv_b")
-    draft_layers, num_pieces = _draft_layers(store), 0
-    for name, entry in store.items():
-        layer = re.match(r"blk\.(\d{1,6})\.", name)
-        if is_rope_table(name) or (layer is not None and int(layer[1]) in draft_layers):
-            continue
-        latent = _LATENT.fullmatch(name)
-        if latent is not None and isinstance(whole, str):
-            both = _latent(store, latent[1])
-            if latent[2] == "k":
-                yield f"{whole.format(latent[1])}.weight", both
-            continue
-        for piece in _pieces(store, naming, name, entry):
-            num_pieces += 1
-            check_num_pieces(num_pieces, entry)
-            yield piece
-
-
-def _latent(store: TensorStore, layer: str) -> Piece:
-    """Keys and values of latent attention, which were one weight."""
-    key, value = f"blk.{layer}.attn_k_b.weight", f"blk.{layer}.attn_v_b.weight"
-    for name in (key, value):
-        if name not in store:
-            _refuse(f"{store.files[0]} has one of {key!r} and {value!r}, but not the other", "Download it again.")
-    return Piece({KEY_PART: store[key], VALUE_PART: store[value]})
-
-
-def _draft_layers(store: TensorStore) -> range:
-    """Layers behind the decoder's last one, which predict further tokens and have no place in it."""
-    prefix = store.metadata[ARCHITECTURE_KEY]
-    num_blocks = store.metadata.get(f"{prefix}.block_count")
-    num_drafts = store.metadata.get(f"{prefix}.nextn_predict_layers", 0)
-    if type(num_blocks) is not int or type(num_drafts) is not int or not 0 <= num_drafts < num_blocks:
-        return range(0)
-    return range(num_blocks - num_drafts, num_blocks)
-
-
-def _pieces(store: TensorStore, naming: Naming, name: str, entry: TensorEntry) -> Iterator[tuple[str, Piece]]:
-    numbers = _NUMBER.findall(name)
-    pattern = _NUMBER.sub("{}", name)
-    stem, _, suffix = pattern.rpartition(".")
-    found = naming.names.get(pattern)
-    if found is None and suffix in ("weight", "bias"):
-        targets = naming.names.get(stem)
-        if targets is not None:
-            targets = (targets,) if isinstance(targets, str) else targets
-            found = tuple(f"{target}.{suffix}" for target in targets)
-    if found is None:
-        _refuse(
-            f"Tensor {describe(name)} in {entry.file} has no known meaning in architecture "
-            f"{store.metadata[ARCHITECTURE_KEY]!r}",
-            "Is the file made for another program?",
-        )
-    targets = (found,) if isinstance(found, str) else found
-    for index, target in enumerate(targets):
-        if target.count("{}") > len(numbers):
-            yield from _experts(target, numbers, entry, index, len(targets))
-        else:
-            yield target.format(*numbers), _whole(store, naming, stem, suffix, entry)
-
-
-def _experts(
-    target: str, numbers: list[str], entry: TensorEntry, index: int, num_targets: int
-) -> Iterator[tuple[str, Piece]]:
-    """Part `index` of `num_targets` of every expert's rows."""
-    if len(entry.shape) < 2 or entry.shape[1] % num_targets:
-        _refuse(
-            f"Tensor {describe(entry.name)} in {entry.file} has shape {list(entry.shape)}",
-            f"A stack of experts is [experts, {num_targets} × outputs, …].",
-        )
-    shape = (entry.shape[1] // num_targets, *entry.shape[2:])
-    for expert in range(entry.shape[0]):
-        start = (expert * num_targets + index) * prod(shape)
-        yield target.format(*numbers, expert), _piece(entry.part(start, shape))
-
-
-def _whole(store: TensorStore, naming: Naming, stem: str, suffix: str, entry: TensorEntry) -> Piece:
-    local = stem if suffix in ("weight", "bias") else f"{stem}.{suffix}"
-    undo = naming.values.get(local.removeprefix("blk.{}."))
-    if undo is not None and suffix != "bias":
-        if entry.encoding is not None or entry.dtype != torch.float32:
-            _refuse(
-                f"Tensor {describe(entry.name)} in {entry.file} is not float32", "The converter writes no other type."
-            )
-        shape = _SHAPES.get(undo, tuple)(entry.shape)
-        return _piece(replace(entry, shape=shape), undo)
-    if naming.has_pairs and stem in ("blk.{}.attn_q", "blk.{}.attn_k"):
-        return _piece(entry, _from_pairs(entry, _num_heads(store, stem, entry)))
-    is_row = stem == "blk.{}.ffn_gate_inp_shexp" or str(naming.names.get(f"{stem}.{suffix}")).endswith(_STATICS)
-    if is_row and len(entry.shape) == 1:
-        return _piece(replace(entry, shape=(1, *entry.shape)))
-    if naming.has_raised_norms and stem.endswith("_norm"):
-        if entry.dtype is not torch.float32 or entry.encoding is not None:
-            _refuse(f"Norm {describe(entry.name)} in {entry.file} is not float32", "Convert the model again.")
-        return _piece(entry, lambda stored: stored - 1.0)
-    is_projection = stem.startswith("blk.") and suffix == "weight" and len(entry.shape) == 2
-    if naming.has_transposed and is_projection and entry.encoding is None:
-        rows, columns = entry.shape
-        return _piece(replace(entry, shape=(columns, rows)), lambda stored: stored.view(rows, columns).t())
-    return _piece(entry)
-
-
-def _num_heads(store: TensorStore, stem: str, entry: TensorEntry) -> int:
-    prefix = store.metadata[ARCHITECTURE_KEY]
-    heads = store.metadata.get(f"{prefix}.attention.head_count")
-    if stem.endswith("attn_k"):
-        heads = store.metadata.get(f"{prefix}.attention.head_count_kv", heads)
-    if not isinstance(heads, int):  # one number for each layer
-        layer = int(entry.name.split(".")[1])
-        heads = heads[layer] if heads is not None and not isinstance(heads, str) and layer < len(heads) else None
-    if type(heads) is not int or heads < 1 or entry.shape[0] % (2 * heads):
-        _refuse(
-            f"Tensor {describe(entry.name)} in {entry.file} has {entry.shape[0]} rows and the metadata {heads!r} heads",
-            "The rows of every head are even in number.",
-        )
-    return heads
-
-
-def _from_pairs(entry: TensorEntry, num_heads: int) -> Arrange:
-    """Rows of each head from pairs, (0, half), (1, half + 1) …, to two halves."""
-    shape = entry.shape
-    split = (num_heads, shape[0] // num_heads // 2, 2, *shape[1:])
-    return lambda stored: stored.view(split).transpose(1, 2).reshape(shape)
-
-
-def _refuse(what: str, remedy: str) -> NoReturn:
-    raise CheckpointError(f"{what}.", remedy=remedy)
 
 
 def _layer(names: Mapping[str, str]) -> dict[str, str | tuple[str, ...]]:
@@ -299,53 +119,12 @@ _DELTA_NET = {
     "blk.{}.ssm_dt.bias": f"{_LAYER}.linear_attn.dt_bias",
 }
 _GATED_SHARED = {**_SHARED_ONE, **_layer({"ffn_gate_inp_shexp": "mlp.shared_expert_gate"})}
-
-
-def _without_one(stored: Tensor) -> Tensor:
-    return stored - 1.0
-
-
-def _flat(stored: Tensor) -> Tensor:
-    """Numbers of heads or channels, of which the converter makes a column or rows for each group."""
-    return stored.flatten()
-
-
-def _logarithm(stored: Tensor) -> Tensor:
-    """The converter writes -exp(A_log)."""
-    return torch.log(-stored.flatten())
-
-
-def _logarithm_of_rate(stored: Tensor) -> Tensor:
-    """The converter writes exp(A_log), as a column."""
-    return torch.log(stored.flatten())
-
-
-def _apart(stored: Tensor) -> Tensor:
-    """A depthwise convolution has one input per channel, whose dimension the converter leaves out."""
-    return stored.view(stored.shape[0], 1, -1)
-
-
-def _of_channels(stored: Tensor) -> Tensor:
-    """The same, with ones before and behind the channels; who quantizes a file leaves out those before."""
-    return stored.view(-1, 1, stored.shape[-1])
-
-
-# For `placing`, which does what they undo.
-VALUES_WITHOUT_ONE, VALUES_FLAT, VALUES_LOGARITHM, VALUES_APART = _without_one, _flat, _logarithm, _apart
-VALUES_LOGARITHM_OF_RATE, VALUES_OF_CHANNELS = _logarithm_of_rate, _of_channels
-
-# What becomes of a shape.
-_SHAPES: Mapping[Arrange, Callable[[tuple[int, ...]], tuple[int, ...]]] = {
-    _apart: lambda shape: (*shape[:1], 1, *shape[1:]),
-    _of_channels: lambda shape: (prod(shape[:-1]), 1, *shape[-1:]),
-    _flat: lambda shape: (prod(shape),),
-    _logarithm: lambda shape: (prod(shape),),
-    _logarithm_of_rate: lambda shape: (prod(shape),),
-}
 _QWEN_VALUES = {
-    **dict.fromkeys(("attn_norm", "post_attention_norm", "attn_q_norm", "attn_k_norm", "output_norm"), _without_one),
-    "ssm_a": _logarithm,
-    "ssm_conv1d": _apart,
+    **dict.fromkeys(
+        ("attn_norm", "post_attention_norm", "attn_q_norm", "attn_k_norm", "output_norm"), undoing.without_one
+    ),
+    "ssm_a": undoing.logarithm,
+    "ssm_conv1d": undoing.apart,
 }
 _HYBRID = {**_OUTSIDE, **_ATTENTION, **_HEAD_NORMS, **_LATE_NORM, **_DELTA_NET}
 
@@ -358,7 +137,7 @@ def _in_language_model(names: Mapping[str, str | tuple[str, ...]]) -> dict[str, 
 
 
 _CORRECTION = {"blk.{}.exp_probs_b.bias": f"{_LAYER}.mlp.gate.e_score_correction_bias"}
-_STATICS = "mlp.moe_statics.e_score_correction_bias"  # of ERNIE, `[1, experts]`
+STATICS = "mlp.moe_statics.e_score_correction_bias"  # of ERNIE, `[1, experts]`
 _W123 = ("w1", "w3", "w2")
 _LLAMA4 = _layer(
     {
@@ -385,7 +164,7 @@ _LFM2: dict[str, str | tuple[str, ...]] = {
         }
     ),
 }
-_LFM2_VALUES = {"shortconv.conv": _apart}
+_LFM2_VALUES = {"shortconv.conv": undoing.apart}
 _MAMBA = {
     **_layer(
         {
@@ -399,7 +178,12 @@ _MAMBA = {
     "blk.{}.ssm_d": f"{_LAYER}.mamba.D",
     "blk.{}.ssm_dt.bias": f"{_LAYER}.mamba.dt_bias",
 }
-_MAMBA_VALUES = {"ssm_a": _logarithm, "ssm_d": _flat, "ssm_norm": _flat, "ssm_conv1d": _apart}
+_MAMBA_VALUES = {
+    "ssm_a": undoing.logarithm,
+    "ssm_d": undoing.flat,
+    "ssm_norm": undoing.flat,
+    "ssm_conv1d": undoing.apart,
+}
 
 _DENSE = {**_OUTSIDE, **_ATTENTION, **_MLP_NORM, **_MLP}
 _MOE = {**_DENSE, **_experts_of("mlp")}
@@ -443,7 +227,7 @@ _KIMI_DELTA_NET = {
     "blk.{}.ssm_a": f"{_LAYER}.attention.A_log",
     "blk.{}.ssm_dt.bias": f"{_LAYER}.attention.dt_bias",
 }
-_KIMI_VALUES = {"ssm_a": _logarithm_of_rate, **{f"ssm_conv1d_{part}": _of_channels for part in "qkv"}}
+_KIMI_VALUES = {"ssm_a": undoing.logarithm_of_rate, **{f"ssm_conv1d_{part}": undoing.of_channels for part in "qkv"}}
 _INDEXER = _layer(
     {
         "indexer.attn_q_b": "self_attn.indexer.wq_b",
@@ -544,7 +328,7 @@ NAMINGS: Mapping[str, Naming] = {
     "exaone-moe": Naming(
         {**_MOE, **_HEAD_NORMS, **_SHARED, "blk.{}.exp_probs_b.bias": f"{_LAYER}.mlp.e_score_correction_bias"}
     ),
-    "ernie4_5-moe": Naming({**_MOE, **_SHARED, "blk.{}.exp_probs_b.bias": f"{_LAYER}.{_STATICS}"}),
+    "ernie4_5-moe": Naming({**_MOE, **_SHARED, "blk.{}.exp_probs_b.bias": f"{_LAYER}.{STATICS}"}),
     "hunyuan-moe": Naming(
         {
             **_DENSE,

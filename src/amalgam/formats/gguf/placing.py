@@ -20,16 +20,8 @@ import torch
 from torch import Tensor
 
 from amalgam.errors import UnsupportedError, describe
-from amalgam.formats.gguf.names import (
-    NAMINGS,
-    VALUES_APART,
-    VALUES_FLAT,
-    VALUES_LOGARITHM,
-    VALUES_LOGARITHM_OF_RATE,
-    VALUES_OF_CHANNELS,
-    VALUES_WITHOUT_ONE,
-    Naming,
-)
+from amalgam.formats.gguf import undoing
+from amalgam.formats.gguf.names import NAMINGS, Naming
 
 Change = Callable[[Tensor], Tensor]
 
@@ -138,13 +130,13 @@ class Placing:
     def _change(self, undo: Change, stem: str, shape: tuple[int, ...]) -> tuple[Change, tuple[int, ...]]:
         """What `undo` undoes, and the shape that comes of it."""
         is_column = "ssm_d" in self._naming.values and stem in ("ssm_a", "ssm_d")
-        if is_column or undo is VALUES_LOGARITHM_OF_RATE:
+        if is_column or undo is undoing.logarithm_of_rate:
             target: tuple[int, ...] = (*shape, 1)
-        elif undo is VALUES_APART:
+        elif undo is undoing.apart:
             target = (shape[0], prod(shape[1:]))
-        elif undo is VALUES_OF_CHANNELS:
+        elif undo is undoing.of_channels:
             target = (1, *shape)
-        elif undo is VALUES_FLAT:
+        elif undo is undoing.flat:
             groups = self._sizes["state_groups"]
             target = (groups, prod(shape) // groups)
         else:
@@ -236,7 +228,7 @@ def _same(published: Tensor) -> Tensor:
 
 
 _CHANGES: Mapping[Change, Change] = {
-    VALUES_WITHOUT_ONE: _with_one,
-    VALUES_LOGARITHM: _decay,
-    VALUES_LOGARITHM_OF_RATE: torch.exp,
+    undoing.without_one: _with_one,
+    undoing.logarithm: _decay,
+    undoing.logarithm_of_rate: torch.exp,
 }

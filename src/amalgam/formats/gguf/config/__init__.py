@@ -16,7 +16,7 @@ from amalgam.checkpoint.store import TensorStore
 from amalgam.errors import UnsupportedError, describe
 from amalgam.formats.gguf.config import dense, gemma4, grouped, hybrid, mixtures
 from amalgam.formats.gguf.config.metadata import Builder, Config, Metadata
-from amalgam.formats.gguf.names import ARCHITECTURE_KEY
+from amalgam.formats.gguf.pieces import ARCHITECTURE_KEY
 
 _KINDS = (dense, mixtures, grouped, hybrid, gemma4)
 ARCHITECTURES: Mapping[str, Builder] = {name: build for kind in _KINDS for name, build in kind.ARCHITECTURES.items()}
