@@ -390,6 +390,36 @@ def test_all_requests_are_compared_over_one_cache_whose_recordings_are_made_befo
     assert len(steps) == 2 + 3 * 2 * 5 and len({kv for kv, _ in steps}) == 1
 
 
+def test_nan_of_one_request_reaches_no_other(deployment: Deployment, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Failing:
+        """Leaves NaN in the cache and in what the head reads."""
+
+        def __init__(self, compiled: Any) -> None:
+            self._compiled = compiled
+
+        def __getattr__(self, name: str) -> Any:
+            return getattr(self._compiled, name)
+
+        def run(self, step: StepContext) -> torch.Tensor:
+            found: torch.Tensor = self._compiled.run(step)
+            for layer in step.kv.layers:
+                layer.values.fill_(torch.nan)
+            return found
+
+        def hidden(self) -> torch.Tensor:
+            return torch.full_like(self._compiled.hidden(), torch.nan)
+
+    now, candidate = deployment.versions.current, deployment.versions.find("other")
+    throttle = Throttle(1.0, lambda: None, lambda seconds: None)
+    comparison = Comparison(now.loader, torch.bfloat16, now.version, candidate.version, 64, throttle)
+    assert comparison.add(range(5, 25), 4)
+    with monkeypatch.context() as patch:
+        compile_version = Decoder.compile
+        patch.setattr(Decoder, "compile", lambda *given: Failing(compile_version(*given)))
+        assert not comparison.add(range(5, 25), 4)
+    assert comparison.add(range(5, 25), 4) and comparison.num_requests == 2
+
+
 def test_no_version_is_compiled_in_the_step_thread(deployment: Deployment, monkeypatch: pytest.MonkeyPatch) -> None:
     """That takes longer than a step: all requests would wait for it."""
     compiling, stepping = set[int](), set[int]()

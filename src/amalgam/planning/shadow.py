@@ -261,7 +261,12 @@ class Comparison:
         )
         single = sum(run(place, place + 1, 1) for place in range(num_together, len(token_ids)))
         found = torch.cat(hidden)
-        check_finite(found, self._names[which], "traffic")
+        try:
+            check_finite(found, self._names[which], "traffic")
+        except CheckpointError:
+            assert self._cache is not None
+            self._cache.blank()
+            raise
         return _Run(found, (together, single), (num_together, num_single))
 
     def close(self) -> None:
