@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import cache
 from types import SimpleNamespace
 from typing import Any, cast
 
@@ -115,6 +116,11 @@ FORMATS: dict[str, tuple[Rounder, int, int, str]] = {
 KINDS = ("even", "large columns", "heavy tails")
 
 
+@cache
+def trained_version(kind: str, name: str) -> tuple[Tensor, Tensor]:
+    return version(trained(kind), name)
+
+
 def version(weight: Tensor, name: str) -> tuple[Tensor, Tensor]:
     """A weight in a format, and what its rounding is expected to do."""
     rounder, bits, group, number = FORMATS[name]
@@ -127,12 +133,11 @@ def version(weight: Tensor, name: str) -> tuple[Tensor, Tensor]:
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("name", FORMATS)
 def test_rounding_is_no_movement(name: str, kind: str) -> None:
-    weight = trained(kind)
-    mine = version(weight, name)
+    mine = trained_version(kind, name)
     for other in FORMATS:
         if {name, other} == {"gptq", "int2"}:
             continue  # 2 bits beside weights that were moved on purpose: a column can be lost in both
-        theirs = version(weight, other)
+        theirs = trained_version(kind, other)
         assert compare(mine[0], theirs[0], mine[1], theirs[1]).is_same, other
 
 
@@ -165,12 +170,11 @@ MOVEMENTS: dict[str, tuple[Callable[[Tensor], Tensor], Axis | None, Axis | None]
 @pytest.mark.parametrize("movement", MOVEMENTS)
 def test_movement_is_seen_through_rounding(movement: str, kind: str) -> None:
     move, outputs, inputs = MOVEMENTS[movement]
-    weight = trained(kind)
-    moved = move(weight)
+    moved = move(trained(kind))
     for name in ("wide", "fp8", "int4", "int4 clipped", "mxfp4", "vectors"):
         theirs = version(moved, name)
         for own in ("wide", "int4"):
-            mine = version(weight, own)
+            mine = trained_version(kind, own)
             found = compare(mine[0], theirs[0], mine[1], theirs[1])
             assert not found.is_same, (name, own)
             assert outputs is None or found.outputs is outputs, (name, own)
