@@ -134,7 +134,7 @@ def version(weight: Tensor, name: str) -> tuple[Tensor, Tensor]:
 @pytest.mark.parametrize("name", FORMATS)
 def test_rounding_is_no_movement(name: str, kind: str) -> None:
     mine = trained_version(kind, name)
-    for other in FORMATS:
+    for other in list(FORMATS)[list(FORMATS).index(name) :]:  # each two once: the coarser one is taken for the second
         if {name, other} == {"gptq", "int2"}:
             continue  # 2 bits beside weights that were moved on purpose: a column can be lost in both
         theirs = trained_version(kind, other)

@@ -79,6 +79,7 @@ class Layer:
     batch: AttentionBatch
     sinks: Tensor | None
     case: Case
+    given: LayerCache | None = None  # made of keys and values where it is left out
 
     def run(self, function: Callable[..., Tensor] = attention.paged_attention) -> Tensor:
         return function(
@@ -92,10 +93,12 @@ class Layer:
             chunk=self.case.chunk,
         )
 
-    @property
+    @functools.cached_property
     def cache(self) -> LayerCache:
         """Where the case asks for codes, quantized by the reference."""
         dtype = self.case.codes
+        if self.given is not None:
+            return self.given
         if dtype is None:
             return LayerCache(self.keys, self.values)
         (keys, key_scales), (values, value_scales) = (
@@ -127,19 +130,21 @@ def make(case: Case, seed: int = 0) -> Layer:
     return Layer(query, keys, values, AttentionBatch(starts, contexts, tables, case.block_size), sinks, case)
 
 
-def rows_of(layer: Layer, sequence: int, first: int, last: int, *, forgets: bool = True) -> Layer:
-    """Rows [first, last) of one sequence alone, as a step of their own; `forgets`: later keys are not there yet."""
+def rows_of(layer: Layer, sequence: int, first: int, last: int) -> Layer:
+    """Rows [first, last) of one sequence alone, as a step of their own; later keys are not there yet."""
     start, stop = layer.batch.query_starts[sequence : sequence + 2].tolist()
     context = int(layer.batch.context_lengths[sequence]) - (stop - start) + last
     table = layer.batch.block_tables[sequence : sequence + 1]
-    keys, values, block = layer.keys, layer.values, layer.batch.block_size
-    if forgets:
-        keys, values = keys.clone(), values.clone()
-        position = torch.arange(context, int(layer.batch.context_lengths[sequence]))
-        slots = table[0][position // block] * block + position % block
-        keys[slots], values[slots] = torch.nan, torch.nan
+    block = layer.batch.block_size
+    position = torch.arange(context, int(layer.batch.context_lengths[sequence]))
+    slots = table[0][position // block] * block + position % block
+    kept = [part if part is None else part.clone() for part in layer.cache]
+    for part in kept[2:] if layer.case.codes else kept[:2]:  # scales, where codes cannot be NaN
+        assert part is not None
+        part[slots] = torch.nan
     batch = AttentionBatch(torch.tensor([0, last - first]), torch.tensor([context]), table, block)
-    return replace(layer, query=layer.query[start + first : start + last], keys=keys, values=values, batch=batch)
+    query = layer.query[start + first : start + last]
+    return replace(layer, query=query, batch=batch, given=LayerCache(*kept))
 
 
 def in_float32(layer: Layer) -> Tensor:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from functools import cache
 from itertools import pairwise
 from types import SimpleNamespace
 from typing import Any
@@ -200,17 +201,24 @@ SHAPES = [
 ]
 
 
+@cache
+def of_the_reference(sizes: Sizes, dtype: torch.dtype) -> tuple[list[Tensor], LayerState]:
+    """Rows and states, computed once for all instruction sets."""
+    net = Net(sizes, dtype, backend=ReferenceBackend(dtype, CPU))
+    return at_once(net), net.state
+
+
 @pytest.mark.parametrize("sizes", SHAPES, ids=str)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_it_is_what_the_reference_computes(isa: str, sizes: Sizes, dtype: torch.dtype) -> None:
     assert extension.gated_kernels().isa == {"amx_emulated": "portable", "amx": "avx512"}.get(isa, isa)
-    native, reference = Net(sizes, dtype), Net(sizes, dtype, backend=ReferenceBackend(dtype, CPU))
+    native = Net(sizes, dtype)
     assert set(native.program.describe().values()) == {f"native ({isa})"}
-    found, expected = at_once(native), at_once(reference)
-    for one, other in zip(found, expected, strict=True):
+    expected, state = of_the_reference(sizes, dtype)
+    for one, other in zip(at_once(native), expected, strict=True):
         assert one.dtype is dtype
         assert_close(one, other)
-    for mine, other in zip(native.state, reference.state, strict=True):
+    for mine, other in zip(native.state, state, strict=True):
         assert_close(mine[:3].to(dtype), other[:3].to(dtype))
         assert mine[3:].isnan().all()
 
@@ -235,24 +243,22 @@ def test_gates_that_are_quite_open_or_shut(isa: str, decay: float, strength: flo
 
 @pytest.mark.parametrize("sizes", [*SHAPES[:3], *SHAPES[7:]], ids=str)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("chunk", [1, 3, 32, 33, 69])
-def test_chunks_neighbours_and_threads_do_not_change_a_bit(
-    threads: int, sizes: Sizes, dtype: torch.dtype, chunk: int
-) -> None:
+def test_chunks_neighbours_and_threads_do_not_change_a_bit(threads: int, sizes: Sizes, dtype: torch.dtype) -> None:
     net = Net(sizes, dtype)
     alone = [net.run((index, range(n), SequenceState(None, index)))[0] for index, n in enumerate(LENGTHS)]
     states = [part[:3].clone() for part in net.state]
-    parts: list[list[Tensor]] = [[], [], []]
-    for start in range(0, max(LENGTHS), chunk):
-        shares = [
-            (index, range(start, min(start + chunk, n)), SequenceState(5 + index if start else None, 5 + index))
-            for index, n in enumerate(LENGTHS)
-            if start < n
-        ]
-        for (index, _, _), found in zip(shares, net.run(*shares), strict=True):
-            parts[index].append(found)
-    assert all(torch.equal(torch.cat(found), expected) for found, expected in zip(parts, alone, strict=True))
-    assert all(torch.equal(part[5:8], before) for part, before in zip(net.state, states, strict=True))
+    for chunk in (1, 3, 32, 33, 69):
+        parts: list[list[Tensor]] = [[], [], []]
+        for start in range(0, max(LENGTHS), chunk):
+            shares = [
+                (index, range(start, min(start + chunk, n)), SequenceState(5 + index if start else None, 5 + index))
+                for index, n in enumerate(LENGTHS)
+                if start < n
+            ]
+            for (index, _, _), found in zip(shares, net.run(*shares), strict=True):
+                parts[index].append(found)
+        assert all(map(torch.equal, map(torch.cat, parts), alone)), chunk
+        assert all(torch.equal(part[5:8], before) for part, before in zip(net.state, states, strict=True)), chunk
 
 
 def test_the_number_of_threads_does_not_change_a_bit() -> None:

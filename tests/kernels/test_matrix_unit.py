@@ -48,9 +48,10 @@ def packed(shape: tuple[int, int], activation: panels.ActivationType = "int8") -
     return {name: panels.prepare(weight, activation) for name, weight in every_layout(shape).items()}
 
 
-@pytest.mark.parametrize("scales_weights", [False, True])
-@pytest.mark.parametrize("activation", ["int8", "bf16"])
-@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize(
+    ("shape", "activation", "scales_weights"),  # each two of them meet
+    [(SHAPES[0], "int8", False), (SHAPES[0], "bf16", True), (SHAPES[1], "int8", True), (SHAPES[1], "bf16", False)],
+)
 def test_any_number_of_rows_of_every_layout(
     unit: _native.MatrixUnit, shape: tuple[int, int], activation: panels.ActivationType, scales_weights: bool
 ) -> None:
@@ -61,9 +62,9 @@ def test_any_number_of_rows_of_every_layout(
         expected = x.double() @ weight.dequantize(torch.float64).T
         bound = 0.04 if name.startswith("int") and activation == "int8" else 0.01
         assert (together.double() - expected).abs().max() < bound * expected.abs().max(), name
-        for rows in ROWS[:-1]:  # fewer than `together` has
-            assert torch.equal(linear(x[:rows], weight), together[:rows]), (name, rows)
-            assert torch.equal(linear(x[-rows:], weight), together[-rows:]), (name, rows)
+        for rows in ROWS[:-1]:  # fewer than `together` has, from its beginning and from its end in turn
+            part = slice(rows) if rows % 2 else slice(-rows, None)
+            assert torch.equal(linear(x[part], weight), together[part]), (name, rows)
 
 
 @pytest.mark.parametrize("shape", SHAPES)
