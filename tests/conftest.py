@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import gc
+import hashlib
 import importlib
 import itertools
 import logging
@@ -14,11 +15,12 @@ import random
 import re
 import shutil
 import signal
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from multiprocessing import forkserver
 from multiprocessing.context import ForkServerContext
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -27,6 +29,7 @@ import torch
 from amalgam.composition.quantize import quantize_checkpoint
 from amalgam.engine import core
 from amalgam.formats.grid import QuantizeOptions
+from amalgam.text.tokenizer import Tokenizer
 
 # Kernels of a GPU run in Triton's interpreter where there is none. Triton looks when it is imported, which any test may
 # be the first to do; the conftest of its tests looks before any hook is called.
@@ -36,17 +39,26 @@ if not torch.cuda.is_available():
 ROOT = Path(__file__).resolve().parent.parent
 DEMO = ROOT / "models" / "demo"
 
-# Longest first: whoever got one of them last would work alone at the end.
+# Files that share what takes long to make, and so a process: one browser, or the classes of transformers and the models
+# made with them. All others are units of their own.
+TOGETHER = {
+    "models": (
+        "models/", "composition/", "calibration/", "pruning/", "training/", "tools/test_export",
+    ),
+    "pages": ("server/dashboard/", "server/chat/"),
+}  # fmt: skip
+# Longest units first: whoever got one of them last would work alone at the end.
 LONG = (
-    "models/test_config_fields.py", "server/dashboard/test_whole_page.py", "test_readme.py", "kernels/test_panels.py",
-    "server/dashboard/test_experts.py", "server/dashboard/test_weights.py", "server/chat/test_conversations.py",
-    "cli/test_plan_budget.py", "runtime/test_autoplan.py", "models/test_parity.py", "server/chat/test_surroundings.py",
-    "server/chat/test_answers.py", "server/dashboard/test_absence.py", "server/dashboard/test_playground.py",
-    "models/program/test_families.py", "runtime/test_deployment.py", "test_planning_docs.py",
-    "composition/test_calibrated.py", "server/test_lifecycle.py", "server/test_faults.py", "kernels/test_new_isa.py",
-    "server/test_description.py", "tools/test_estimate.py", "test_llm.py", "cli/test_quantize.py",
+    "models", "pages", "test_readme.py", "kernels/test_panels.py", "cli/test_plan_budget.py", "runtime/test_autoplan.py",
+    "test_llm.py", "kernels/test_attention.py", "runtime/test_deployment.py", "runtime/test_any_company.py",
+    "kernels/test_new_isa.py", "text/test_gguf.py", "cli/test_cli.py", "server/test_description.py",
+    "server/test_lifecycle.py", "tools/test_estimate.py", "runtime/test_faults.py", "test_planning_docs.py",
+    "cli/test_streams.py", "cli/test_generate.py", "cli/test_distill.py", "server/test_faults.py", "cli/test_quantize.py",
 )  # fmt: skip
 FOLDER_NUMBERS = itertools.count()
+DEMO_TOKENIZER = DEMO / "tokenizer.json"
+TOKENIZERS: dict[bytes, Tokenizer] = {}
+read_tokenizer = Tokenizer.load.__func__  # type: ignore[attr-defined]
 CONFIG = """
 model:
   name: demo
@@ -61,7 +73,7 @@ model:
 """
 
 
-def pytest_configure() -> None:
+def pytest_configure(config: pytest.Config) -> None:
     """The same everywhere: one thread computes, since several processes share the cores, and no terminal has a size."""
     os.environ["OMP_NUM_THREADS"] = "1"
     torch.set_num_threads(1)
@@ -72,8 +84,12 @@ def pytest_configure() -> None:
     os.environ.pop("SSL_CERT_FILE", None)  # which would go first
     # Requests without a seed of their own draw it from the sequence that each test begins anew.
     core.secrets = SimpleNamespace(randbelow=random.randrange)  # type: ignore[assignment]
+    Tokenizer.load = classmethod(load_tokenizer)  # type: ignore[method-assign, assignment]
     gc.disable()
     let_signals_come()
+    for plugin in config.pluginmanager.get_plugins():
+        if type(plugin).__name__ == "WorkerInteractor" and not config.getoption("xmlpath"):
+            spare_messages(plugin)
 
 
 def let_signals_come() -> None:
@@ -90,6 +106,63 @@ def let_signals_come() -> None:
             signal.signal(number, handler)
 
 
+def spare_messages(worker: Any) -> None:
+    """Of the six messages of a test, which take as long as a small test does, the one with its result is enough.
+
+    Setups and teardowns are told if they failed, or took a time that one might look for.
+    """
+    send = worker.sendevent
+
+    def send_some(name: str, **content: Any) -> None:
+        report = content.get("data", {})
+        is_quiet = name == "testreport" and report["when"] != "call" and report["outcome"] == "passed"
+        if name not in ("logstart", "logfinish") and not (is_quiet and report["duration"] < 0.01):
+            send(name, **content)
+
+    worker.sendevent = send_some
+
+
+def load_tokenizer(
+    cls: type[Tokenizer],
+    folder: Path,
+    gguf_metadata: Mapping[str, Any] | None = None,
+    chat_template: str | None = None,
+) -> Tokenizer:
+    """As `Tokenizer.load`, but that of the demo once for a thousand deployments, which takes 40 ms each time."""
+    files = sorted(folder.iterdir()) if (folder / "tokenizer.json").is_file() else []
+    is_plain = all(file.is_file() and not file.is_symlink() for file in files)
+    if not (is_plain and DEMO_TOKENIZER.stat().st_size in (file.stat().st_size for file in files)):
+        return read_tokenizer(cls, folder, gguf_metadata, chat_template)
+    digest = hashlib.sha256(repr(chat_template).encode())
+    for file in files:
+        if file.suffix in (".json", ".jinja", ".txt", ".model"):
+            digest.update(file.name.encode() + file.read_bytes())
+    key = digest.digest()
+    if key not in TOKENIZERS:
+        TOKENIZERS[key] = read_tokenizer(cls, folder, gguf_metadata, chat_template)
+    return TOKENIZERS[key]
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """By files, as `--dist loadfile` does, but for those that share a process."""
+    if config.getoption("dist") != "loadfile":
+        return None
+    from xdist.scheduler import LoadFileScheduling
+
+    class ByUnits(LoadFileScheduling):  # type: ignore[misc]
+        def _split_scope(self, nodeid: str) -> str:
+            return unit_of(nodeid)
+
+    return ByUnits(config, log)
+
+
+def unit_of(nodeid: str) -> str:
+    """Whose process a test shares."""
+    file = nodeid.partition("::")[0].removeprefix("tests/")
+    return next((unit for unit, places in TOGETHER.items() if file.startswith(places)), file)
+
+
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection(session: pytest.Session) -> None:
     """Each of the processes that share all tests imports another part of them first: what one compiles all find."""
@@ -102,8 +175,8 @@ def pytest_collection(session: pytest.Session) -> None:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    ranks = {f"tests/{name}": rank for rank, name in enumerate(LONG)}
-    items.sort(key=lambda item: ranks.get(item.nodeid.partition("::")[0], len(ranks)))
+    ranks = {unit: rank for rank, unit in enumerate(LONG)}
+    items.sort(key=lambda item: ranks.get(unit_of(item.nodeid), len(ranks)))
 
 
 def pytest_collection_finish() -> None:

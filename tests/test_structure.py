@@ -17,7 +17,7 @@ import pytest
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
-from tests.conftest import LONG
+from tests.conftest import LONG, TOGETHER
 
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = ROOT / "src" / "amalgam"
@@ -253,7 +253,8 @@ def is_text_of_an_error(node: ast.expr) -> bool:
 
 
 def test_the_long_tests_are_there() -> None:
-    assert [name for name in LONG if not (ROOT / "tests" / name).exists()] == []
+    assert [name for name in LONG if name not in TOGETHER and not (ROOT / "tests" / name).exists()] == []
+    assert [place for places in TOGETHER.values() for place in places if not list(ROOT.glob(f"tests/{place}*"))] == []
 
 
 def test_links_in_the_documents_lead_somewhere() -> None:

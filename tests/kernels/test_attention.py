@@ -3,6 +3,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from itertools import product
 from typing import Any
 
 import pytest
@@ -13,6 +14,7 @@ from amalgam.kernels.backends.cpu import attention, extension
 from amalgam.kernels.backends.cpu.operators import CpuOperators
 from amalgam.kernels.backends.reference import operators as reference
 from amalgam.kernels.step import AttentionBatch, CachedAttention, LayerCache
+from tests.cases import each_case
 from tests.errors import raises
 from tests.kernels.conftest import supported_isas
 
@@ -186,21 +188,21 @@ CASES = [
 
 
 @pytest.mark.parametrize("query_type", TYPES)
-@pytest.mark.parametrize("cache_type", [*TYPES, torch.float16])
-@pytest.mark.parametrize("case", CASES)
 @pytest.mark.usefixtures("isa")
-def test_attention_means_what_the_reference_says(case: Case, query_type: torch.dtype, cache_type: torch.dtype) -> None:
-    assert_as_reference(replace(case, query_type=query_type, cache_type=cache_type))
+def test_attention_means_what_the_reference_says(query_type: torch.dtype) -> None:
+    with each_case() as tried:
+        for case, cache_type in product(CASES, (*TYPES, torch.float16)):
+            with tried(case, cache_type):
+                assert_as_reference(replace(case, query_type=query_type, cache_type=cache_type))
 
 
 @pytest.mark.parametrize("query_type", TYPES)
-@pytest.mark.parametrize("codes", CODES)
-@pytest.mark.parametrize("case", CASES)
 @pytest.mark.usefixtures("isa")
-def test_attention_over_codes_means_what_the_reference_says(
-    case: Case, codes: torch.dtype, query_type: torch.dtype
-) -> None:
-    assert_as_reference(replace(case, query_type=query_type, codes=codes))
+def test_attention_over_codes_means_what_the_reference_says(query_type: torch.dtype) -> None:
+    with each_case() as tried:
+        for case, codes in product(CASES, CODES):
+            with tried(case, codes):
+                assert_as_reference(replace(case, query_type=query_type, codes=codes))
 
 
 @pytest.mark.usefixtures("isa")
@@ -399,18 +401,13 @@ def test_attention_refuses_what_does_not_fit(monkeypatch: pytest.MonkeyPatch) ->
 
 
 @pytest.mark.parametrize("dtype", TYPES)
-@pytest.mark.parametrize("has_norm", [False, True])
-@pytest.mark.parametrize("rotated", [0, 32, 64])
-@pytest.mark.parametrize(
-    "case",
-    [Case(), Case(((1, 300), (1, 1), (40, 90)), 8, 2, 64, 32, window=17, has_sinks=True)],
-    ids=["plain", "window"],
-)
 @pytest.mark.usefixtures("isa")
-def test_cached_attention_is_its_parts_in_one_call(
-    case: Case, dtype: torch.dtype, has_norm: bool, rotated: int
-) -> None:
-    check_cached_attention(case, dtype, dtype, has_norm=has_norm, rotated=rotated)
+def test_cached_attention_is_its_parts_in_one_call(dtype: torch.dtype) -> None:
+    layers = Case(), Case(((1, 300), (1, 1), (40, 90)), 8, 2, 64, 32, window=17, has_sinks=True)
+    with each_case() as tried:
+        for case, has_norm, rotated in product(layers, (False, True), (0, 32, 64)):
+            with tried(case, has_norm, rotated):
+                check_cached_attention(case, dtype, dtype, has_norm=has_norm, rotated=rotated)
 
 
 @pytest.mark.parametrize("dtype", TYPES)

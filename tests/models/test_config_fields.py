@@ -144,6 +144,9 @@ VALUES: dict[str, list[Any]] = {
 }
 
 
+pytestmark = pytest.mark.usefixtures("brief_configs")
+
+
 @pytest.fixture(scope="module", autouse=True)
 def no_generation() -> Iterator[None]:
     """How a class would generate takes a third of the making of a model, and nothing here generates."""

@@ -43,6 +43,7 @@ def spec_of(config: dict[str, Any]) -> ModelSpec:
     return read_spec(config, "config.json")[1]
 
 
+@pytest.mark.usefixtures("brief_configs")
 @pytest.mark.parametrize("name", sorted(FAMILIES.keys() - {"xverse"}))
 def test_a_missing_key_means_what_the_hugging_face_class_makes_of_it(name: str) -> None:
     """Or it is refused, or the weights would have other shapes, which loading refuses."""
