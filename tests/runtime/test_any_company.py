@@ -20,7 +20,7 @@ from tests.server.conftest import wait_until
 
 EXPERTS = "model.layers.*.mlp.experts.*"
 SETTINGS = {"inference.max_seq_length": 256, "inference.max_batch_size": 12, "engine.block_size": 8}
-NUM_REQUESTS = 40
+NUM_REQUESTS = 30
 NUM_AT_ONCE = 20  # at the beginning: too many for the blocks, however long changes of the weights take afterwards
 _BLOCK_BYTES = 8 * 6 * 2 * 2 * 64 * 2  # tokens, layers, keys and values, heads, dimensions, bfloat16
 

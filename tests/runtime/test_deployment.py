@@ -43,9 +43,10 @@ PARAMS = [
 
 
 @contextmanager
-def opened(config: Path) -> Iterator[Deployment]:
-    settings = load_settings(config, {"engine.max_step_tokens": 64, "inference.max_seq_length": 512}, {})
-    deployment = open_deployment(settings)
+def opened(config: Path, **inference: object) -> Iterator[Deployment]:
+    changes: dict[str, object] = {"engine.max_step_tokens": 64, "inference.max_seq_length": 512}
+    changes |= {f"inference.{name}": value for name, value in inference.items()}
+    deployment = open_deployment(load_settings(config, changes, {}))
     yield deployment
     deployment.close()
 
@@ -220,7 +221,7 @@ def test_the_second_of_two_remaps_is_refused(deployment: Deployment, monkeypatch
         assert first.result().version == 2
 
 
-def test_closing_ends_a_remap_under_way(deployment: Deployment, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_closing_ends_a_remap_under_way(demo_config: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     reads: list[str] = []
     read = Source.load
 
@@ -230,20 +231,22 @@ def test_closing_ends_a_remap_under_way(deployment: Deployment, monkeypatch: pyt
             deployment.close()
         return read(self, stored, *arguments)
 
-    monkeypatch.setattr(Source, "load", closing)
-    before = deployment.version
-    with pytest.raises(UnavailableError):
-        deployment.update_weight_mapping({EXPERTS: "fp8"})
-    assert deployment.version is before
-    reason = deployment.remaps[-1].error
-    assert reason is not None and reason == deployment.jobs.read()[-1].error  # the same to all who ask
+    with opened(demo_config, packed_cache="") as deployment:
+        monkeypatch.setattr(Source, "load", closing)
+        before = deployment.version
+        with pytest.raises(UnavailableError):
+            deployment.update_weight_mapping({EXPERTS: "fp8"})
+        assert deployment.version is before
+        reason = deployment.remaps[-1].error
+        assert reason is not None and reason == deployment.jobs.read()[-1].error  # the same to all who ask
     assert len(reads) < 200  # of six hundred
 
 
 def test_a_load_that_fails_lets_go_of_the_statistics_file(
     demo_config: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    settings = load_settings(demo_config, {"statistics.file": str(tmp_path / "statistics.npz")}, {})
+    changes = {"statistics.file": str(tmp_path / "statistics.npz"), "inference.packed_cache": ""}
+    settings = load_settings(demo_config, changes, {})
 
     def fail(*_: object) -> None:
         raise CheckpointError("The file model-2.safetensors is missing.")

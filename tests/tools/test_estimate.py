@@ -38,6 +38,13 @@ print(json.dumps({**found.as_json(), "peak_bytes": peak}))
 """
 
 
+@pytest.fixture
+def demo_config(demo_config: Path) -> Path:
+    """Without a packed cache, which is pages of a file and no memory of the process's own."""
+    demo_config.write_text(demo_config.read_text().partition("inference:")[0])
+    return demo_config
+
+
 def test_the_demo_takes_what_was_estimated(demo_config: Path) -> None:
     """What a process takes beyond one without a model, its whole KV cache filled, within 15%."""
     environment = {"PYTHONPATH": str(ROOT / "src"), "OMP_NUM_THREADS": "1"}
