@@ -49,11 +49,13 @@ TOGETHER = {
 }  # fmt: skip
 # Longest units first: whoever got one of them last would work alone at the end.
 LONG = (
-    "models", "pages", "test_readme.py", "kernels/test_panels.py", "cli/test_plan_budget.py", "runtime/test_autoplan.py",
+    "models", "pages", "test_readme.py", "kernels/test_panels.py", "cli/test_plan_budget.py",
+    "runtime/test_autoplan.py",
     "test_llm.py", "kernels/test_attention.py", "runtime/test_deployment.py", "runtime/test_any_company.py",
     "kernels/test_new_isa.py", "text/test_gguf.py", "cli/test_cli.py", "server/test_description.py",
     "server/test_lifecycle.py", "tools/test_estimate.py", "runtime/test_faults.py", "test_planning_docs.py",
-    "cli/test_streams.py", "cli/test_generate.py", "cli/test_distill.py", "server/test_faults.py", "cli/test_quantize.py",
+    "cli/test_streams.py", "cli/test_generate.py", "cli/test_distill.py", "server/test_faults.py",
+    "cli/test_quantize.py",
 )  # fmt: skip
 FOLDER_NUMBERS = itertools.count()
 DEMO_TOKENIZER = DEMO / "tokenizer.json"

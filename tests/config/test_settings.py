@@ -13,6 +13,7 @@ from amalgam.config.keys import all_settings, environment_name, setting_keys
 from amalgam.config.reading import load_settings, read_settings
 from amalgam.config.settings import build_settings
 from amalgam.errors import ConfigError
+from tests.cases import each_case
 from tests.errors import raises
 
 PROMISED = """
@@ -185,12 +186,13 @@ def read_by(way: str, key: str, text: str, folder: Path) -> Any:
 
 
 @pytest.mark.parametrize("way", ["file", "variable", "flag"])
-@pytest.mark.parametrize(("key", "text", "expected"), TEXTS)
-def test_a_text_means_what_its_setting_takes(key: str, text: str, expected: Any, way: str, tmp_path: Path) -> None:
-    value = read_by(way, key, text, tmp_path)
-    if way == "file" and key == "model.base_path":
-        expected = str(tmp_path / expected)
-    assert value == expected and type(value) is type(expected)
+def test_a_text_means_what_its_setting_takes(way: str, tmp_path: Path) -> None:
+    with each_case() as case:
+        for key, text, meant in TEXTS:
+            with case(key, text):
+                value = read_by(way, key, text, tmp_path)
+                expected = str(tmp_path / meant) if way == "file" and key == "model.base_path" else meant
+                assert value == expected and type(value) is type(expected)
 
 
 @pytest.mark.parametrize("way", ["file", "variable", "flag"])

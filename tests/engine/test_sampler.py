@@ -1,3 +1,4 @@
+from itertools import product
 from types import SimpleNamespace
 
 import numpy as np
@@ -11,6 +12,7 @@ from amalgam.engine.request import Request, ScheduledRequest
 from amalgam.engine.sampler import NonFiniteLogitsError, choose, uniform
 from amalgam.errors import RequestError
 from amalgam.kernels.backends.cpu import extension, sampling
+from tests.cases import each_case
 from tests.errors import raises
 from tests.lazy import Lazy
 
@@ -134,16 +136,17 @@ EXTREMES = [
 
 
 @pytest.mark.parametrize("path", ["compiled", "torch"])
-@pytest.mark.parametrize("scale", [1e-38, 1.0, 3e36, 1e38])
-@pytest.mark.parametrize("params", EXTREMES, ids=str)
-def test_no_parameter_makes_of_finite_logits_what_is_not(monkeypatch, params, scale, path):
+def test_no_parameter_makes_of_finite_logits_what_is_not(monkeypatch, path):
     if path == "torch":
         monkeypatch.setattr(extension, "is_available", lambda: False)
-    logits = make_logits(1).clamp(-3, 3) * scale
-    occurred = [int(logits.argmax()), int(logits.argmin()), 5]
-    result = sample(logits, [make_request(prompt=occurred, seed=2**63 - 1, **params)])
-    assert result.errors == {}
-    assert 0 <= result.tokens[0].token_ids[0] < VOCAB_SIZE
+    with each_case() as case:
+        for params, scale in product(EXTREMES, (1e-38, 1.0, 3e36, 1e38)):
+            logits = make_logits(1).clamp(-3, 3) * scale
+            occurred = [int(logits.argmax()), int(logits.argmin()), 5]
+            with case(params, scale):
+                result = sample(logits, [make_request(prompt=occurred, seed=2**63 - 1, **params)])
+                assert result.errors == {}
+                assert 0 <= result.tokens[0].token_ids[0] < VOCAB_SIZE
 
 
 def test_a_penalty_hides_nothing_that_the_model_computed():

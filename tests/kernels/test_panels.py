@@ -11,7 +11,6 @@ import pytest
 import torch
 from torch import Tensor
 
-from amalgam.config.environment import NATIVE_ISAS
 from amalgam.kernels.backends.cpu import extension, panels
 from amalgam.kernels.backends.cpu.operators import CpuOperators
 from amalgam.kernels.backends.cpu.panels import ActivationType

@@ -18,6 +18,7 @@ from amalgam.errors import AmalgamError, CheckpointError, PlanError, Unsupported
 from amalgam.models.registry import all_families, read_spec
 from amalgam.models.spec import ModelSpec
 from amalgam.tools.analyze import analyze_checkpoint
+from tests.cases import each_case
 from tests.errors import is_named, raises
 from tests.models.harness import Runner, load_model
 from tests.models.tiny import BASE_CONFIG, save_tiny, text_config_class, write_checkpoint
@@ -220,11 +221,13 @@ REFUSED: list[tuple[str, dict[str, Any]]] = [
 ]
 
 
-@pytest.mark.parametrize(("name", "changes"), REFUSED, ids=str)
-def test_values_that_are_not_understood_are_refused_by_name(name: str, changes: dict[str, Any]) -> None:
-    with raises(UnsupportedError) as refused:
-        spec_of({**config_of(name), **changes})
-    assert any(is_named(key, str(refused.value)) for key in ("rope_type", *changes))
+def test_values_that_are_not_understood_are_refused_by_name() -> None:
+    with each_case() as case:
+        for name, changes in REFUSED:
+            with case(name, changes):
+                with raises(UnsupportedError) as refused:
+                    spec_of({**config_of(name), **changes})
+                assert any(is_named(key, str(refused.value)) for key in ("rope_type", *changes))
 
 
 def test_layers_for_multi_token_prediction_are_left_alone(tmp_path: Path) -> None:

@@ -65,7 +65,7 @@ def settings_of(small: Path, kept: Path, **autoplan: Any) -> Settings:
                 "base_path": str(small / "base"),
                 "mixed_precision": {"sources": sources, "weight_mapping": mapping},
             },
-            "inference": {"max_seq_length": 256, "max_batch_size": 16},
+            "inference": {"max_seq_length": 256, "max_batch_size": 16, "packed_cache": str(small / "packed")},
             "statistics": {"bucket_seconds": 60, "history_minutes": 1440},
             "planning": {"autoplan": wanted},
         }

@@ -43,11 +43,11 @@ def lists(schema: Any, path: str) -> Iterator[tuple[str, dict[str, Any]]]:
             yield from lists(part, path)
 
 
-@pytest.mark.parametrize("body", sorted(set(bodies(Body)), key=repr))
-def test_a_long_list_ends_at_its_first_error(body: type[Body]) -> None:
+def test_a_long_list_ends_at_its_first_error() -> None:
     """An error for each of a million entries takes minutes, in which nobody else is answered."""
-    slow = [path for path, schema in lists(body.__pydantic_core_schema__, body.__name__) if not schema.get("fail_fast")]
-    assert slow == []
+    all_lists = [found for body in set(bodies(Body)) for found in lists(body.__pydantic_core_schema__, body.__name__)]
+    assert len(all_lists) > 20
+    assert [path for path, schema in all_lists if not schema.get("fail_fast")] == []
 
 
 @pytest.mark.parametrize(

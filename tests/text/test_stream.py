@@ -1,11 +1,13 @@
 import random
 import time
+from itertools import product
 
 import pytest
 
 from amalgam.text.parts import TokenizerParts
 from amalgam.text.stream import TextStream
 from amalgam.text.tokenizer import Tokenizer
+from tests.cases import each_case
 from tests.text.tokenizer_files import PROBES, TEXTS, sentence_piece, spelled_bytes
 
 
@@ -132,26 +134,26 @@ class TestContinuation:
         assert "".join(stream_text(tokenizer, answer_ids)) == "world"  # a text of its own
         assert "".join(stream_text(tokenizer, answer_ids, (" w",), prompt_ids)) == ""
 
-    @pytest.mark.parametrize("seed", range(60))
-    def test_the_text_is_that_of_all_without_that_of_the_prompt(self, kind, seed):
-        rng = random.Random(seed)
-        prompt_ids = some_ids(rng, kind, rng.randint(1, 40))
-        token_ids = kind.encode(
-            rng.choice(PROBES),
-        )[1:] or [0]
-        expected = continuation(kind, prompt_ids, token_ids)
-        if expected is not None and "\ufffd" not in expected:
-            assert "".join(stream_text(kind, token_ids, prompt_ids=prompt_ids)) == expected
+    def test_the_text_is_that_of_all_without_that_of_the_prompt(self, kind):
+        with each_case() as case:
+            for seed in range(60):
+                rng = random.Random(seed)
+                prompt_ids = some_ids(rng, kind, rng.randint(1, 40))
+                token_ids = kind.encode(rng.choice(PROBES))[1:] or [0]
+                expected = continuation(kind, prompt_ids, token_ids)
+                with case(seed):
+                    if expected is not None and "\ufffd" not in expected:
+                        assert "".join(stream_text(kind, token_ids, prompt_ids=prompt_ids)) == expected
 
-    @pytest.mark.parametrize("num_special", [1, 3, 50])
-    @pytest.mark.parametrize("text", ["", "hello", " ", "\n", "你"])
-    def test_after_special_tokens(self, kind, text, num_special):
+    def test_after_special_tokens(self, kind):
         special = next(iter(kind.special_tokens))
-        prompt_ids = [*kind.encode(text)[1:], *[special] * num_special]
-        for answer in ("world", " world", "  ", "\n", "你"):
-            token_ids = kind.encode(answer)[1:]
-            parts = stream_text(kind, token_ids, prompt_ids=prompt_ids)
-            assert "".join(parts) == continuation(kind, prompt_ids, token_ids)
+        texts, answers = ("", "hello", " ", "\n", "你"), ("world", " world", "  ", "\n", "你")
+        with each_case() as case:
+            for text, answer, num_special in product(texts, answers, (1, 3, 50)):
+                prompt_ids, token_ids = [*kind.encode(text)[1:], *[special] * num_special], kind.encode(answer)[1:]
+                with case(repr(text), repr(answer), num_special):
+                    parts = stream_text(kind, token_ids, prompt_ids=prompt_ids)
+                    assert "".join(parts) == continuation(kind, prompt_ids, token_ids)
 
     @pytest.mark.parametrize("cut", [1, 2, 3])
     @pytest.mark.parametrize("before", ["", "hello ", "你", "😀😀😀😀"])

@@ -43,7 +43,7 @@ def demo_url(derived: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterato
                     },
                 },
             },
-            "inference": {"device_map": "cpu", "max_seq_length": 256},
+            "inference": {"device_map": "cpu", "max_seq_length": 256, "packed_cache": str(derived / "packed")},
             "engine": {"num_threads": 1},
             "statistics": {"pair_sampling": 1},
             "server": {"port": 0, "export_dir": str(tmp_path_factory.mktemp("exports"))},
