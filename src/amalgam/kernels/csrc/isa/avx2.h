@@ -10,6 +10,7 @@ namespace {
 
 constexpr int kTileRows = 4;
 constexpr int kPairSums = 1;
+constexpr int kWidePanels = 1;
 constexpr int kDirectCodedRows = 2;
 constexpr int32_t kInt8Bias = 0;
 constexpr int64_t kLargestPartial = 32767;
@@ -38,6 +39,11 @@ inline Floats mul(Floats x, Floats y) { return {_mm256_mul_ps(x.a, y.a), _mm256_
 inline Ints load_ints(const int32_t* p) {
     const auto* from = reinterpret_cast<const __m256i*>(p);
     return {_mm256_loadu_si256(from), _mm256_loadu_si256(from + 1)};
+}
+inline void store_ints(int32_t* p, Ints v) {
+    auto* to = reinterpret_cast<__m256i*>(p);
+    _mm256_storeu_si256(to, v.a);
+    _mm256_storeu_si256(to + 1, v.b);
 }
 inline Ints add(Ints x, Ints y) { return {_mm256_add_epi32(x.a, y.a), _mm256_add_epi32(x.b, y.b)}; }
 inline Ints broadcast_int(int32_t v) { return {_mm256_set1_epi32(v), _mm256_set1_epi32(v)}; }

@@ -11,6 +11,7 @@ namespace {
 
 constexpr int kTileRows = 8;
 constexpr int kPairSums = 2;
+constexpr int kWidePanels = 4;
 constexpr int kDirectCodedRows = kTileRows;
 constexpr int32_t kInt8Bias = 128;
 constexpr int64_t kLargestPartial = 0x7fffffff;
@@ -29,6 +30,7 @@ inline Floats add(Floats a, Floats b) { return _mm512_add_ps(a, b); }
 inline Floats mul(Floats a, Floats b) { return _mm512_mul_ps(a, b); }
 
 inline Ints load_ints(const int32_t* p) { return _mm512_loadu_si512(p); }
+inline void store_ints(int32_t* p, Ints v) { _mm512_storeu_si512(p, v); }
 inline Ints add(Ints a, Ints b) { return _mm512_add_epi32(a, b); }
 inline Ints broadcast_int(int32_t v) { return _mm512_set1_epi32(v); }
 inline Ints zero_times(const uint8_t* zero, int32_t factor) {
@@ -54,6 +56,25 @@ inline void load_nibbles(const uint8_t* line, Bytes& low, Bytes& high) {
 inline void store_bytes(uint8_t* line, Bytes v) { _mm512_store_si512(line, v); }
 inline Bytes load_int8(const uint8_t* line) { return _mm512_load_si512(line); }
 inline Ints dot_nibbles(Ints sum, Bytes w, Operand4 x) { return _mm512_dpbusd_epi32(sum, w, x); }
+// For kWidePanels. Unsigned times signed bytes, int16 times int16. In assembly, because GCC 12 copies sums that live
+// through a loop to another register and back with each product.
+inline Ints dot_bytes(Ints sum, Bytes u, Bytes s) {
+    asm("vpdpbusd %2, %1, %0" : "+v"(sum) : "v"(u), "v"(s));
+    return sum;
+}
+inline Ints dot_words(Ints sum, Pairs w, Operand4 x) {
+    asm("vpdpwssd %2, %1, %0" : "+v"(sum) : "v"(w), "v"(x));
+    return sum;
+}
+inline Ints add_in_place(Ints sum, Ints v) {
+    asm("vpaddd %1, %0, %0" : "+v"(sum) : "v"(v));
+    return sum;
+}
+inline Ints scaled(Ints v, Ints scale) { return _mm512_mullo_epi32(v, scale); }
+inline Bytes subtract_bytes(Bytes v, int from_all) {
+    return _mm512_sub_epi8(v, _mm512_set1_epi8(static_cast<char>(from_all)));
+}
+inline Ints add_128_times(Ints sum, Bytes s) { return dot_bytes(sum, _mm512_set1_epi8(static_cast<char>(128)), s); }
 inline Ints dot_int8(Ints sum, Bytes w, Operand4 x) { return _mm512_dpbusd_epi32(sum, w, x); }
 
 // --- Codes of fewer than 8 bits ---

@@ -13,6 +13,9 @@ namespace {
 
 constexpr int kTileRows = 4;  // rows of a tile: as many as have their accumulators in registers
 constexpr int kPairSums = 1;  // accumulators of bfloat16 pairs, used in turn; 1 or 2
+// Panels that many rows of int8 are multiplied with at once (product/wide.h); 1: only one. With more, 32 registers are
+// needed and dot_bytes, which is dot_int8 for unsigned bytes.
+constexpr int kWidePanels = 1;
 // Most rows for which coded lines are decoded in the tile function; with few registers, above that, they are expanded
 // first.
 constexpr int kDirectCodedRows = 0;
@@ -66,6 +69,7 @@ inline Ints load_ints(const int32_t* p) {
     std::memcpy(result.lane, p, sizeof result);
     return result;
 }
+inline void store_ints(int32_t* p, const Ints& v) { std::memcpy(p, v.lane, sizeof v); }
 inline Ints add(const Ints& a, const Ints& b) {
     Ints result;
     for (int i = 0; i < 16; ++i) result.lane[i] = a.lane[i] + b.lane[i];

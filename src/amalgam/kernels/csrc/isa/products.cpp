@@ -7,13 +7,11 @@
 namespace amalgam {
 
 extern const Kernels AMALGAM_OF_ISA(kKernels);
-const Kernels AMALGAM_OF_ISA(kKernels) = {AMALGAM_ISA_NAME, unit_kernels<MatrixUnit<>>(),
-                                          convert,          product,
-                                          gate_up,          combine,
-                                          expand,           rms_norm,
-                                          rotate,           swiglu,
-                                          layer_norm,       elementwise,
-                                          scale_rows,       boltzmann,
+const Kernels AMALGAM_OF_ISA(kKernels) = {AMALGAM_ISA_NAME, kPanelsAtOnce,   unit_kernels<MatrixUnit<>>(),
+                                          convert,          product,         gate_up,
+                                          combine,          expand,          rms_norm,
+                                          rotate,           swiglu,          layer_norm,
+                                          elementwise,      scale_rows,      boltzmann,
                                           code_rows,        count_exceptions};
 
 }  // namespace amalgam

@@ -12,6 +12,15 @@ namespace amalgam {
 
 inline namespace AMALGAM_ISA {
 
+// Where a format puts the chunks of a run that products with several panels at once read (formats/wide_lines.h).
+struct WideLines {
+    uint8_t* bytes;                      // lines
+    float (*factors)[2][kPanelRows];     // of each chunk, as GroupFactors has them
+    int32_t (*first)[kPanelRows];        // of each chunk with parts: what is added to its sum
+    int32_t (*part_scales)[kPanelRows];  // of each part
+    int16_t (*minima)[2 * kPanelRows];   // of each two parts
+};
+
 struct FormatKernels {
     Operand operand;
     int bytes_per_input;
@@ -20,8 +29,10 @@ struct FormatKernels {
     void (*expand_floats)(const Matrix&, int64_t panel, int64_t first, int64_t end, float* out);
     void (*expand_pairs)(const Matrix&, int64_t panel, int64_t first, int64_t end, uint8_t* out);
     void (*add_rest)(const Matrix&, int64_t panel, const Activations&, int64_t first_row, int64_t rows,
-                     float (*sums)[kPanelRows]);  // or null
-    TileFunction tiles[kMaxTileRows];             // by number of rows, from 1 on
+                     float (*sums)[kPanelRows]);            // or null
+    const uint8_t* (*widen)(const Run&, const WideLines&);  // returns the lines of bytes; or null
+    int32_t byte_zero;                                      // what these are too large by where there are no parts
+    TileFunction tiles[kMaxTileRows];                       // by number of rows, from 1 on
 };
 
 constexpr int kFormatParts = 3;  // CMakeLists.txt has as many

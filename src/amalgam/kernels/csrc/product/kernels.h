@@ -196,7 +196,6 @@ struct BoltzmannArgs {
 
 // What a matrix unit has besides products. Benchmarks and tests set its choices, while nothing runs.
 struct UnitKernels {
-    int64_t panels;  // that it multiplies at once
     // From how many rows on int8 operands are multiplied on it; the results are the same bits.
     int64_t* int8_rows;
     // Whether a weight with bfloat16 operands and scales for groups is expanded with its scales, rounded to bfloat16,
@@ -209,6 +208,7 @@ struct UnitKernels {
 
 struct Kernels {
     const char* isa;
+    int64_t panels;           // that products of many rows multiply at once, at most
     const UnitKernels* unit;  // null: there is none
     void (*convert)(const ConvertArgs&, int64_t first_row, int64_t end_row);
     void (*product)(const ProductArgs&, int64_t first_row, int64_t end_row, int64_t first_panel, int64_t end_panel);
@@ -227,8 +227,5 @@ struct Kernels {
     int (*code_rows)(const uint16_t* const* rows, int64_t count, int window, uint8_t* lines);
     int64_t (*count_exceptions)(const uint16_t* values, int64_t count, int window);
 };
-
-// What the panels of an item should be a multiple of.
-inline int64_t panels_at_once(const Kernels& kernels) { return kernels.unit != nullptr ? kernels.unit->panels : 1; }
 
 }  // namespace amalgam

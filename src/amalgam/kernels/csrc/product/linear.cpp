@@ -24,7 +24,7 @@ struct Item {
 std::vector<Item> cut(const Execution& execution, const std::vector<ProductArgs>& products, int64_t rows) {
     const int parts = num_node_parts();
     // A few rows wait for memory, not for a matrix unit that multiplies several panels at once.
-    const int64_t at_once = rows > kFewRows ? panels_at_once(*execution.kernels) : 1;
+    const int64_t at_once = rows > kFewRows ? execution.kernels->panels : 1;
     const int64_t row_blocks = (rows + kRowsPerItem - 1) / kRowsPerItem;
     std::vector<Item> items;
     for (int part = 0; part < parts; ++part) {

@@ -134,8 +134,7 @@ std::vector<Item> cut(const std::vector<Active>& active, int64_t panels, int64_t
 template <class Args, class Kernel>
 void run_items(const Execution& execution, const Routing& routing, int64_t panels, const std::vector<Args>& args,
                Kernel kernel) {
-    const std::vector<Item> items =
-        cut(routing.active, panels, panels_at_once(*execution.kernels), execution.num_threads);
+    const std::vector<Item> items = cut(routing.active, panels, execution.kernels->panels, execution.num_threads);
     parallel_for(static_cast<int64_t>(items.size()), execution.num_threads, [&](int64_t i) {
         const Item& item = items[static_cast<size_t>(i)];
         kernel(args[item.expert], 0, routing.active[item.expert].rows, item.first_panel, item.end_panel);

@@ -2,7 +2,8 @@
 //
 // Few rows: each panel is read once, front to back, with all sums in registers. More rows than a tile: a piece of the
 // panel that fits the first-level cache serves one tile after the other, expanded once if its format needs it; sums
-// are kept in a small buffer. Both add up in the same order.
+// are kept in a small buffer. Many rows of int8, with registers enough: several panels at once (wide.h). All add up in
+// the same order.
 #pragma once
 
 #include <algorithm>
@@ -12,12 +13,13 @@
 #include "product/format_kernels.h"
 #include "product/sums.h"
 #include "product/unit.h"
+#include "product/wide.h"
 
 namespace amalgam {
 namespace {
 
 constexpr int64_t kPieceBytes = 16 * 1024;  // of a panel in the first-level cache, as the inner loop reads it
-constexpr int kPanelsAtOnce = MatrixUnit<>::kPanels;
+constexpr int kPanelsAtOnce = std::max(MatrixUnit<>::kPanels, kWidePanels);
 
 // Which lines the tile functions read, and whether they have to be made first.
 struct Access {
@@ -132,11 +134,15 @@ inline void for_products(const ProductArgs& args, int64_t first_row, int64_t end
     for (int64_t row = first_row; row < end_row; row += kMaxRows) {
         const int64_t rows = std::min<int64_t>(kMaxRows, end_row - row);
         const UnitBlock<MatrixUnit<>> unit(w, args.x, row, rows);
-        for (int64_t panel = first_panel; panel < end_panel; panel += kPanelsAtOnce) {
-            const int count = static_cast<int>(std::min<int64_t>(kPanelsAtOnce, end_panel - panel));
+        const WideBlock<> wide(w, args.x, row, rows, !unit.is_used());
+        const int at_once = unit.is_used() ? MatrixUnit<>::kPanels : wide.panels();
+        for (int64_t panel = first_panel; panel < end_panel; panel += at_once) {
+            const int count = static_cast<int>(std::min<int64_t>(at_once, end_panel - panel));
+            const bool is_wide = !unit.is_used() && count == at_once && at_once > 1;
             if (unit.is_used()) unit.multiply(panel, count, sums);
+            if (is_wide) wide.multiply(panel, sums);
             for (int i = 0; i < count; ++i) {
-                if (!unit.is_used()) panel_product(w, args.x, row, rows, panel + i, sums[i]);
+                if (!unit.is_used() && !is_wide) panel_product(w, args.x, row, rows, panel + i, sums[i]);
                 if (has_rest) format.add_rest(w, panel + i, args.x, row, rows, sums[i].row);
                 add_bias(args.bias, panel + i, panel_width(w, panel + i), rows, sums[i]);
                 function(row, rows, panel + i, sums[i]);

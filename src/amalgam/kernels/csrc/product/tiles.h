@@ -6,6 +6,7 @@
 #pragma once
 
 #include "formats/table.h"
+#include "formats/wide_lines.h"
 #include "product/codes_tile.h"
 #include "product/format_kernels.h"
 #include "product/kernels.h"
@@ -215,10 +216,11 @@ template <class F>
 constexpr FormatKernels format_kernels() {
     constexpr int kRows = kOwnTileRows<F> > 0 ? kOwnTileRows<F> : kTileRows;
     static_assert(kRows <= kMaxTileRows);
-    FormatKernels kernels{
-        F::kOperand, F::kBytesPerInput, F::kScaleFactor, F::kDirectRows, kRows, F::expand_floats, nullptr, nullptr, {}};
+    FormatKernels kernels{F::kOperand, F::kBytesPerInput, F::kScaleFactor, F::kDirectRows, kRows, F::expand_floats,
+                          nullptr,     nullptr,           nullptr,         F::kZero,       {}};
     if constexpr (F::kBits < 16) kernels.expand_pairs = F::expand_pairs;
     if constexpr (F::kHasRest) kernels.add_rest = F::add_rest;
+    if constexpr (kIsWidened<F>) kernels.widen = widen<F>;
     if constexpr (F::kDirectRows > 0) add_tiles<F, kRows>(kernels);
     return kernels;
 }

@@ -435,8 +435,8 @@ inline int64_t operations_per_round(Operand operand) {
 
 template <class Unit>
 struct UnitKernelsOf {
-    static constexpr UnitKernels kKernels{Unit::kPanels, &unit_choices.int8_rows, &unit_choices.scales_weights,
-                                          run_unit_rounds<Unit>, operations_per_round};
+    static constexpr UnitKernels kKernels{&unit_choices.int8_rows, &unit_choices.scales_weights, run_unit_rounds<Unit>,
+                                          operations_per_round};
 };
 
 // Null where there is no unit.
