@@ -265,7 +265,8 @@ def test_a_row_is_the_same_alone_in_a_batch_and_on_any_number_of_threads(
             alone = torch.cat([linear(x[row : row + 1], packed) for row in range(0, 150, step)])
             together = linear(x, packed)
             assert torch.equal(together[::step], alone), name
-            assert torch.equal(linear(x[3:12], packed), together[3:12]), name
+            for end in (12, 19):  # 9 and 16 rows: from there on several panels are multiplied at once
+                assert torch.equal(linear(x[3:end], packed), together[3:end]), name
             for threads in counts:
                 use_threads(threads)
                 assert torch.equal(linear(x, packed), together), name
@@ -278,7 +279,7 @@ def test_integer_and_float32_products_have_the_same_bits_on_every_instruction_se
     layouts = every_layout((33, 768))
     if dtype == torch.bfloat16:
         layouts = {name: weight for name, weight in layouts.items() if name.startswith((*QUANTIZED, "fp16", "fp32"))}
-    x = activations(11, 768, dtype)
+    x = activations(16, 768, dtype)
     use_isa("portable")
     expected = {name: linear(x, prepare(weight)) for name, weight in layouts.items()}
     from amalgam import _native

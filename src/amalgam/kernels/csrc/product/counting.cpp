@@ -12,8 +12,6 @@
 namespace amalgam {
 namespace {
 
-constexpr int64_t kPanels = 4;  // at once, as with AVX-512
-
 void note(const char* kernel, const Cost& cost) {
     if (Recording* recording = Recording::current()) recording->add(kernel, cost);
 }
@@ -147,7 +145,7 @@ void gate(const GateArgs& args, int64_t first, int64_t end) {
 
 }  // namespace
 
-const Kernels kCountingKernels = {"counting",  kPanels,    nullptr,   convert, product, gate_up,
+const Kernels kCountingKernels = {"counting",  1,          nullptr,   convert, product, gate_up,
                                   combine,     expand,     rms_norm,  rotate,  swiglu,  layer_norm,
                                   elementwise, scale_rows, boltzmann, nullptr, nullptr};
 const AttentionKernels kCountingAttention = {"counting", scratch_floats, attend, merge, nullptr};

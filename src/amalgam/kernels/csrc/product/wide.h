@@ -25,7 +25,7 @@
 namespace amalgam {
 namespace {
 
-constexpr int64_t kMinWideRows = 9, kMinWidePartsRows = 13;  // fewer do not pay
+constexpr int64_t kMinWideRows = 9, kMinWidePartsRows = 16;  // fewer do not pay
 constexpr int kWideTile = 6, kMinWideTile = 4;  // rows; so many rows and more are cut into tiles of no other heights
 constexpr int64_t kWideInputs = 1024;           // of all panels of a piece, which the first-level cache holds
 constexpr int64_t kLeastChunk = kColumnUnit, kLeastPart = 16;
