@@ -13,8 +13,8 @@ namespace {
 
 constexpr int kTileRows = 4;  // rows of a tile: as many as have their accumulators in registers
 constexpr int kPairSums = 1;  // accumulators of bfloat16 pairs, used in turn; 1 or 2
-// Panels that many rows of int8 are multiplied with at once (product/wide.h); 1: only one. With more, 32 registers are
-// needed and dot_bytes, which is dot_int8 for unsigned bytes.
+// Panels that many rows of int8 are multiplied with at once (product/wide.h), which takes 32 registers; 1: only one.
+// With more, a header also has what avx512_lines.h has for it.
 constexpr int kWidePanels = 1;
 // Most rows for which coded lines are decoded in the tile function; with few registers, above that, they are expanded
 // first.

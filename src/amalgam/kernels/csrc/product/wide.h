@@ -253,13 +253,9 @@ void multiply_wide_parts(const WidePiece<kPanels>& piece, const WideRows& x, int
                 for (int m = 0; m < M; ++m) sum[p][m] = add_in_place(sum[p][m], scaled(running[p][m], scale));
             }
         }
-        const float* scale = x.scale.data() + (piece.first + local) * x.rows + first_row;
-        tile.each_total([&](Floats total, int p, int m) {
-            const Floats factor = mul(load_floats(factors[p][local][0]), broadcast_float(scale + m));
-            return add(total, mul(to_floats(sum[p][m]), factor));
-        });
         if constexpr (kHasMinima) {
-            clear<M, kPanels>(sum);
+            Ints(&minima)[kPanels][M] = running;
+            clear<M, kPanels>(minima);
             for (int64_t pair = part / 2 - kParts / 2; pair < part / 2; ++pair, pairs += x.rows) {
                 Pairs w[kPanels];
 #pragma GCC unroll 8
@@ -270,14 +266,17 @@ void multiply_wide_parts(const WidePiece<kPanels>& piece, const WideRows& x, int
                 for (int m = 0; m < M; ++m) {
                     const Operand4 word = broadcast4(pairs + m);
 #pragma GCC unroll 8
-                    for (int p = 0; p < kPanels; ++p) sum[p][m] = dot_words(sum[p][m], w[p], word);
+                    for (int p = 0; p < kPanels; ++p) minima[p][m] = dot_words(minima[p][m], w[p], word);
                 }
             }
-            tile.each_total([&](Floats total, int p, int m) {
-                const Floats factor = mul(load_floats(factors[p][local][1]), broadcast_float(scale + m));
-                return subtract(total, mul(to_floats(sum[p][m]), factor));
-            });
         }
+        const float* scale = x.scale.data() + (piece.first + local) * x.rows + first_row;
+        tile.each_total([&](Floats total, int p, int m) {
+            const Floats of_row = broadcast_float(scale + m);
+            total = add(total, mul(to_floats(sum[p][m]), mul(load_floats(factors[p][local][0]), of_row)));
+            if constexpr (!kHasMinima) return total;
+            return subtract(total, mul(to_floats(running[p][m]), mul(load_floats(factors[p][local][1]), of_row)));
+        });
     }
 }
 
