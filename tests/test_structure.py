@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import ast
+import gc
 import importlib
 import re
 import subprocess
 import sys
 import tomllib
+from collections.abc import Iterator
 from functools import cache
 from graphlib import TopologicalSorter
 from importlib.metadata import packages_distributions
@@ -40,6 +42,15 @@ PRIVATE_LIKE = re.compile(
 )
 FILE = re.compile(r"`([\w./]*\w\.(?:py|pyi|h|cpp|js|md|txt)|[\w./]+/)(?:::(\w+))?`")
 LINK = re.compile(r"\]\(([^)\s]+)\)|(?:src|href)=\"([^\"]+)\"")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def no_look_for_garbage() -> Iterator[None]:
+    """The nodes of all modules stay, and to look for garbage among millions of them takes longer than to read them."""
+    gc.disable()
+    yield
+    nodes.cache_clear()
+    gc.enable()
 
 
 @cache

@@ -216,6 +216,17 @@ MIDWAY: dict[str, Change] = {
 }
 
 
+# Each at the first weight or at the last, and what takes pages away at both.
+WHEN = [
+    ("is overwritten", NUM_WEIGHTS),
+    ("shrinks", 1),
+    ("shrinks", NUM_WEIGHTS),
+    ("becomes empty", 1),
+    ("vanishes", NUM_WEIGHTS),
+    ("is exchanged", 1),
+]
+
+
 @pytest.mark.parametrize("fault", AT_FIRST)
 def test_a_source_that_does_not_fit(stand: Stand, fault: str) -> None:
     change, error = AT_FIRST[fault]
@@ -253,8 +264,7 @@ def after_reads(monkeypatch: pytest.MonkeyPatch, count: int, change: Callable[[]
 
 
 @needs_watching
-@pytest.mark.parametrize("count", [1, NUM_WEIGHTS], ids=["the first weight", "the last weight"])
-@pytest.mark.parametrize("fault", MIDWAY)
+@pytest.mark.parametrize(("fault", "count"), WHEN)
 def test_a_file_that_changes_midway(stand: Stand, monkeypatch: pytest.MonkeyPatch, fault: str, count: int) -> None:
     """Also while its mapped pages are read: they are not there any more, and no signal ends the process."""
     with monkeypatch.context() as patch:

@@ -14,6 +14,7 @@ from amalgam.errors import PromptTooLongError
 from amalgam.text import pieces as text_pieces
 from amalgam.text import tokenizer as text
 from amalgam.text.pieces import LengthBound, token_ids_by_piece
+from tests.cases import each_case
 from tests.errors import raises
 
 DEMO = Path(__file__).parents[2] / "models" / "demo"
@@ -80,15 +81,18 @@ def ids_of(backend: Tokenizer, prompt: str) -> list[int]:
     return result
 
 
-@pytest.mark.parametrize("chars", CHARS)
 @pytest.mark.parametrize("name", BACKENDS)
-def test_pieces_are_those_of_the_whole_text(name: str, chars: str) -> None:
-    backend, rng = BACKENDS[name](), random.Random(name + chars)
-    prompt = "".join(rng.choices(CHARS[chars], k=5 * PIECE + rng.randrange(PIECE)))
-    portions = list(token_ids_by_piece(backend, prompt))
-    assert [token_id for portion in portions for token_id in portion] == ids_of(backend, prompt)
-    if name not in ("unknown", "strips"):
-        assert max(map(len, portions)) < 10 * PIECE  # bounded, but for what has no end
+def test_pieces_are_those_of_the_whole_text(name: str) -> None:
+    backend = BACKENDS[name]()
+    with each_case() as case:
+        for chars in CHARS:
+            rng = random.Random(name + chars)
+            prompt = "".join(rng.choices(CHARS[chars], k=5 * PIECE + rng.randrange(PIECE)))
+            with case(chars):
+                portions = list(token_ids_by_piece(backend, prompt))
+                assert [token_id for portion in portions for token_id in portion] == ids_of(backend, prompt)
+                if name not in ("unknown", "strips"):
+                    assert max(map(len, portions)) < 10 * PIECE  # bounded, but for what has no end
 
 
 @pytest.mark.parametrize("name", BACKENDS)
@@ -100,14 +104,18 @@ def test_special_tokens_among_the_text(name: str) -> None:
     assert [token_id for portion in portions for token_id in portion] == ids_of(backend, prompt)
 
 
-@pytest.mark.parametrize("chars", [*CHARS, "special"])
 @pytest.mark.parametrize("name", BACKENDS)
-def test_the_bound_is_one(name: str, chars: str) -> None:
-    backend, rng = BACKENDS[name](), random.Random(chars + name)
-    words = ["<|a_long_special_token|>", " " * 50] if chars == "special" else list(CHARS[chars])
-    for length in (0, 1, 7, 3000):
-        prompt = "".join(rng.choices(words, k=length))
-        assert LengthBound(backend).min_tokens(prompt) <= len(ids_of(backend, prompt))
+def test_the_bound_is_one(name: str) -> None:
+    backend = BACKENDS[name]()
+    bound = LengthBound(backend)
+    with each_case() as case:
+        for chars in (*CHARS, "special"):
+            rng = random.Random(chars + name)
+            words = ["<|a_long_special_token|>", " " * 50] if chars == "special" else list(CHARS[chars])
+            for length in (0, 1, 7, 3000):
+                prompt = "".join(rng.choices(words, k=length))
+                with case(chars, length):
+                    assert bound.min_tokens(prompt) <= len(ids_of(backend, prompt))
 
 
 @pytest.mark.parametrize("name", ["demo", "gpt2", "llama3", "nfc", "sentencepiece"])
