@@ -412,12 +412,12 @@ def test_nan_of_one_request_reaches_no_other(deployment: Deployment, monkeypatch
     now, candidate = deployment.versions.current, deployment.versions.find("other")
     throttle = Throttle(1.0, lambda: None, lambda seconds: None)
     comparison = Comparison(now.loader, torch.bfloat16, now.version, candidate.version, 64, throttle)
-    assert comparison.add(range(5, 25), 4)
+    assert comparison.add(range(5, 35), 4)
     with monkeypatch.context() as patch:
         compile_version = Decoder.compile
         patch.setattr(Decoder, "compile", lambda *given: Failing(compile_version(*given)))
-        assert not comparison.add(range(5, 25), 4)
-    assert comparison.add(range(5, 25), 4) and comparison.num_requests == 2
+        assert not comparison.add(range(5, 35), 4)
+    assert comparison.add(range(5, 35), 4) and comparison.num_requests == 2
 
 
 def test_no_version_is_compiled_in_the_step_thread(deployment: Deployment, monkeypatch: pytest.MonkeyPatch) -> None:

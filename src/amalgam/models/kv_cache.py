@@ -63,14 +63,6 @@ class KVCache:
         """Of the states."""
         return sum(tensor.nbytes for layer in self.states if layer is not None for tensor in layer)
 
-    def blank(self) -> None:
-        """Make all of it zero. NaN that a computation has left would else reach the next one: attention multiplies
-        values beyond a sequence's end by 0."""
-        for layer in (*self.layers, *self.indexes, *self.states):
-            for tensor in layer or ():
-                if tensor is not None:
-                    tensor.zero_()
-
     @classmethod
     def allocate(
         cls,

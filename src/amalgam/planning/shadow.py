@@ -261,12 +261,7 @@ class Comparison:
         )
         single = sum(run(place, place + 1, 1) for place in range(num_together, len(token_ids)))
         found = torch.cat(hidden)
-        try:
-            check_finite(found, self._names[which], "traffic")
-        except CheckpointError:
-            assert self._cache is not None
-            self._cache.blank()
-            raise
+        check_finite(found, self._names[which], "traffic")
         return _Run(found, (together, single), (num_together, num_single))
 
     def close(self) -> None:
