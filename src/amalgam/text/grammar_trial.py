@@ -32,7 +32,8 @@ _NUM_STEPS = 24  # of one answer that is tried
 _MAX_MEMORY_BYTES = 2**30
 _MAX_FAULT_BYTES = 2**12  # a pipe takes them at once
 _START_SECONDS = 60.0
-_SLACK_SECONDS = 10.0  # on a busy machine, to end a copy and to answer
+_WAITING_SECONDS = 5.0  # that a copy may wait for a processor
+_SLACK_SECONDS = 5.0 + _WAITING_SECONDS  # on a busy machine, to end a copy and to answer
 
 Encode = Callable[[bytes], list[int]]  # how a tokenizer writes a text
 
@@ -55,6 +56,9 @@ class Trial:
 
     def run(self, grammar: str, seconds: float) -> str | None:
         """What is wrong with a grammar; "" if nothing is, None if it was not found out in time or in memory.
+
+        Args:
+            seconds: of processor time.
 
         Raises:
             OSError: no process can be started, or it has been lost on the way.
@@ -184,12 +188,17 @@ def _fault(tokenizer: Any, grammar: str) -> str:
 
 
 def _tried(tokenizer: Any, grammar: str, seconds: float) -> str | None:
-    """`_fault`, found out by a copy of this process; None: it takes too long, or too much memory."""
+    """`_fault`, found out by a copy of this process; None: it takes too long, or too much memory.
+
+    Args:
+        seconds: of processor time, so that a busy machine does not have a simple grammar refused.
+    """
     readable, writable = os.pipe()
     pid = os.fork()
     if not pid:
         try:
-            signal.setitimer(signal.ITIMER_REAL, seconds)  # whose signal ends the process
+            signal.setitimer(signal.ITIMER_PROF, seconds)  # whose signal ends the process
+            signal.setitimer(signal.ITIMER_REAL, seconds + _WAITING_SECONDS)
             resource.setrlimit(resource.RLIMIT_AS, (_MAX_MEMORY_BYTES, _MAX_MEMORY_BYTES))
             os.write(writable, _fault(tokenizer, grammar).encode()[:_MAX_FAULT_BYTES])
             os._exit(0)
@@ -204,8 +213,9 @@ def _tried(tokenizer: Any, grammar: str, seconds: float) -> str | None:
 
 def main() -> None:
     """Serve on the standard input and output."""
-    signal.signal(signal.SIGALRM, signal.SIG_DFL)  # whoever starts this may ignore or block it
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGALRM])
+    for timer in (signal.SIGPROF, signal.SIGALRM):
+        signal.signal(timer, signal.SIG_DFL)  # whoever starts this may ignore or block it
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGPROF, signal.SIGALRM])
     given = json.loads(sys.stdin.buffer.readline())
     sys.path[:] = given["path"]
     whole, tokens, place = base64.b64decode(given["bytes"]), [], 0

@@ -191,7 +191,7 @@ def sum_kernel(outer, ids, gate_weights, out, width, CHOICES: tl.constexpr, BLOC
     total = tl.zeros((BLOCK,), tl.float32)
     for choice in tl.static_range(CHOICES):
         slot = token * CHOICES + choice
-        is_chosen = tl.load(ids + slot) >= 0
-        value = tl.load(outer + slot * width + output, mask=(output < width) & is_chosen, other=0.0).to(tl.float32)
-        total += value * tl.load(gate_weights + slot, mask=is_chosen, other=0.0)
+        is_chosen = output < tl.where(tl.load(ids + slot) >= 0, width, 0)
+        value = tl.load(outer + slot * width + output, mask=is_chosen, other=0.0).to(tl.float32)
+        total += tl.where(is_chosen, value * tl.load(gate_weights + slot), 0.0)
     tl.store(out + token * width + output, rounded(total, out.dtype.element_ty), mask=output < width)
