@@ -40,7 +40,7 @@ def config(small: Path, tmp_path: Path) -> Path:
 @pytest.fixture(scope="module")
 def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
     file = tmp_path_factory.mktemp("texts") / "mixed.json"
-    file.write_text(json.dumps(texts(24)))
+    file.write_text(json.dumps(texts(32)))
     return file
 
 

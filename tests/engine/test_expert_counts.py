@@ -25,7 +25,7 @@ from tests.lazy import Lazy
 
 AutoModelForCausalLM = Lazy("transformers", "AutoModelForCausalLM")
 
-NUM_REQUESTS = 60
+NUM_REQUESTS = 100
 MAX_TOKENS = 96
 NUM_LAYERS, NUM_EXPERTS, TOP_K = 6, 16, 4
 TEXTS = {
