@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import json
+import os
 import resource
 import select
 import signal
+import threading
+import time
 import weakref
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -90,8 +94,32 @@ def test_hostile_grammars_leave_nothing_behind_and_hold_up_nobody(
     assert Path(f"/proc/{pid}/task/{pid}/children").read_text() == ""
 
 
+def test_time_in_which_a_processor_is_waited_for_does_not_count(
+    trial: Trial, processes: Callable[[], set[int]]
+) -> None:
+    assert trial.run(DIGITS, SECONDS) == ""
+    (pid,) = processes()
+    is_done = threading.Event()
+
+    def hold_up() -> None:
+        while not is_done.wait(0.001):
+            os.killpg(pid, signal.SIGSTOP)
+            is_done.wait(0.1)
+            os.killpg(pid, signal.SIGCONT)
+
+    with ThreadPoolExecutor(1) as pool:
+        held_up = pool.submit(hold_up)
+        try:
+            started = time.monotonic()
+            while time.monotonic() - started < 0.5:
+                assert trial.run(DIGITS, 0.08) == ""
+        finally:
+            is_done.set()
+        held_up.result()
+
+
 def test_blocked_signals_are_no_way_out() -> None:
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGALRM])
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGALRM, signal.SIGPROF])
     try:
         trial = Trial(TOKENS, [END], [END])
         assert trial.run(DIGITS, SECONDS) == ""
