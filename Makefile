@@ -47,7 +47,7 @@ check: $(INSTALLED_DEV) ## formatting, lint, types, import rules
 sanitize: ## the tests that run the kernels, under AddressSanitizer
 	$(PYTHON) -m venv build/sanitize
 	CXXFLAGS="-fsanitize=address -fno-omit-frame-pointer" build/sanitize/bin/python -m pip install -q -r requirements-dev.txt
-	for isa in amx avx512 avx2 portable amx_emulated; do \
+	for isa in amx avx512 avx512_vnni avx2 portable amx_emulated; do \
 	  LD_PRELOAD="$$(gcc -print-file-name=libasan.so) $$(gcc -print-file-name=libstdc++.so.6)" \
 	  ASAN_OPTIONS=detect_leaks=0 AMALGAM_NATIVE_ISA=$$isa build/sanitize/bin/python -m pytest -q tests/kernels \
 	  tests/models/program tests/composition/packed_cache tests/composition/test_composition.py \
