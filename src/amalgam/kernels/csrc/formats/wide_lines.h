@@ -1,6 +1,8 @@
-// What products with several panels at once (product/wide.h) read of a format: unsigned bytes, four inputs to a lane,
-// and the factors of each chunk.
+// What products with several panels at once (product/wide.h) read of a format: bytes, four inputs to a lane, and the
+// factors of each chunk. The bytes are unsigned codes; signed ones, less their zero point, where a format has parts.
 #pragma once
+
+#include <algorithm>
 
 #include "formats/table.h"
 #include "product/each.h"

@@ -7,7 +7,7 @@
 namespace amalgam {
 
 extern const Kernels AMALGAM_OF_ISA(kKernels);
-const Kernels AMALGAM_OF_ISA(kKernels) = {AMALGAM_ISA_NAME, kPanelsAtOnce,   unit_kernels<MatrixUnit<>>(),
+const Kernels AMALGAM_OF_ISA(kKernels) = {AMALGAM_ISA_NAME, panels_at_once,  unit_kernels<MatrixUnit<>>(),
                                           convert,          product,         gate_up,
                                           combine,          expand,          rms_norm,
                                           rotate,           swiglu,          layer_norm,

@@ -12,6 +12,8 @@
 namespace amalgam {
 namespace {
 
+int64_t one_panel(const ProductArgs&) { return 1; }
+
 void note(const char* kernel, const Cost& cost) {
     if (Recording* recording = Recording::current()) recording->add(kernel, cost);
 }
@@ -145,7 +147,7 @@ void gate(const GateArgs& args, int64_t first, int64_t end) {
 
 }  // namespace
 
-const Kernels kCountingKernels = {"counting",  1,          nullptr,   convert, product, gate_up,
+const Kernels kCountingKernels = {"counting",  one_panel,  nullptr,   convert, product, gate_up,
                                   combine,     expand,     rms_norm,  rotate,  swiglu,  layer_norm,
                                   elementwise, scale_rows, boltzmann, nullptr, nullptr};
 const AttentionKernels kCountingAttention = {"counting", scratch_floats, attend, merge, nullptr};

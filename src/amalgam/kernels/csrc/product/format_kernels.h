@@ -31,7 +31,7 @@ struct FormatKernels {
     void (*add_rest)(const Matrix&, int64_t panel, const Activations&, int64_t first_row, int64_t rows,
                      float (*sums)[kPanelRows]);            // or null
     const uint8_t* (*widen)(const Run&, const WideLines&);  // returns the lines of bytes; or null
-    int32_t byte_zero;                                      // what these are too large by where there are no parts
+    int32_t byte_zero;                                      // the zero point of these codes, if there are no parts
     TileFunction tiles[kMaxTileRows];                       // by number of rows, from 1 on
 };
 

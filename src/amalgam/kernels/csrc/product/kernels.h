@@ -208,7 +208,8 @@ struct UnitKernels {
 
 struct Kernels {
     const char* isa;
-    int64_t panels;           // that products of many rows multiply at once, at most
+    // Panels that a product of many rows multiplies at once; an item of fewer is slower.
+    int64_t (*panels_at_once)(const ProductArgs&);
     const UnitKernels* unit;  // null: there is none
     void (*convert)(const ConvertArgs&, int64_t first_row, int64_t end_row);
     void (*product)(const ProductArgs&, int64_t first_row, int64_t end_row, int64_t first_panel, int64_t end_panel);

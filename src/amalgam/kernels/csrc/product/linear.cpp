@@ -23,8 +23,10 @@ struct Item {
 // node, so that the shares that threads begin with are those of their nodes.
 std::vector<Item> cut(const Execution& execution, const std::vector<ProductArgs>& products, int64_t rows) {
     const int parts = num_node_parts();
-    // A few rows wait for memory, not for a matrix unit that multiplies several panels at once.
-    const int64_t at_once = rows > kFewRows ? execution.kernels->panels : 1;
+    int64_t most_at_once = 1;  // a few rows wait for memory, not for products
+    for (const ProductArgs& product : products) {
+        if (rows > kFewRows) most_at_once = std::max(most_at_once, execution.kernels->panels_at_once(product));
+    }
     const int64_t row_blocks = (rows + kRowsPerItem - 1) / kRowsPerItem;
     std::vector<Item> items;
     for (int part = 0; part < parts; ++part) {
@@ -33,6 +35,8 @@ std::vector<Item> cut(const Execution& execution, const std::vector<ProductArgs>
         };
         int64_t total = 0;
         for (const ProductArgs& product : products) total += bound(product, part + 1) - bound(product, part);
+        // Rather slower items than threads without one.
+        const int64_t at_once = total * row_blocks * parts >= most_at_once * execution.num_threads ? most_at_once : 1;
         // Items of equal size, since each thread has as many: rather twice as many as wanted than some of twice the
         // size.
         const int64_t wanted = std::max<int64_t>(1, execution.num_threads * kItemsPerThread / row_blocks / parts);

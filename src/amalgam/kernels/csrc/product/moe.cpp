@@ -110,9 +110,11 @@ struct Item {
 };
 
 // Cuts every active expert's panels into items of about equal cost, many enough to keep all threads busy, and many
-// rows' in steps of `at_once` panels. First come the panels of the first node, so that the shares that threads begin
-// with are those of their nodes.
-std::vector<Item> cut(const std::vector<Active>& active, int64_t panels, int64_t at_once, int num_threads) {
+// rows' in steps of as many panels as are multiplied at once, if that leaves no thread without an item. First come the
+// panels of the first node, so that the shares that threads begin with are those of their nodes.
+template <class PanelsAtOnce>
+std::vector<Item> cut(const std::vector<Active>& active, int64_t panels, PanelsAtOnce&& panels_at_once,
+                      int num_threads) {
     const int parts = num_node_parts();
     int64_t total = 0;
     for (const Active& expert : active) total += kRowsPerPanelRead + expert.rows;
@@ -120,7 +122,9 @@ std::vector<Item> cut(const std::vector<Active>& active, int64_t panels, int64_t
     for (int part = 0; part < parts; ++part) {
         const int64_t first = part_start(panels, part, parts), size = part_start(panels, part + 1, parts) - first;
         for (size_t e = 0; e < active.size() && size > 0; ++e) {
-            const int64_t unit = active[e].rows > kRowsPerPanelRead ? at_once : 1, steps = (size + unit - 1) / unit;
+            const int64_t at_once = active[e].rows > kRowsPerPanelRead ? panels_at_once(e) : 1;
+            const int64_t most_items = panels * static_cast<int64_t>(active.size());
+            const int64_t unit = most_items >= at_once * num_threads ? at_once : 1, steps = (size + unit - 1) / unit;
             const int64_t cost = kRowsPerPanelRead + active[e].rows;
             const int64_t share = (cost * num_threads * kItemsPerThread + total * parts - 1) / (total * parts);
             const int64_t count = std::clamp<int64_t>(share, 1, steps);
@@ -131,10 +135,14 @@ std::vector<Item> cut(const std::vector<Active>& active, int64_t panels, int64_t
     return items;
 }
 
+const ProductArgs& product_of(const ProductArgs& args) { return args; }
+const ProductArgs& product_of(const GateUpArgs& args) { return args.gate; }
+
 template <class Args, class Kernel>
 void run_items(const Execution& execution, const Routing& routing, int64_t panels, const std::vector<Args>& args,
                Kernel kernel) {
-    const std::vector<Item> items = cut(routing.active, panels, execution.kernels->panels, execution.num_threads);
+    const auto panels_at_once = [&](size_t e) { return execution.kernels->panels_at_once(product_of(args[e])); };
+    const std::vector<Item> items = cut(routing.active, panels, panels_at_once, execution.num_threads);
     parallel_for(static_cast<int64_t>(items.size()), execution.num_threads, [&](int64_t i) {
         const Item& item = items[static_cast<size_t>(i)];
         kernel(args[item.expert], 0, routing.active[item.expert].rows, item.first_panel, item.end_panel);

@@ -123,6 +123,12 @@ void write_panel(const Sums& sums, int64_t rows, int width, Out* out, int64_t st
     }
 }
 
+int64_t panels_at_once(const ProductArgs& args) {
+    const Operand kind = args.x.kind;
+    if constexpr (MatrixUnit<>::kPanels > 1) return kind == Operand::kFloat32 ? 1 : MatrixUnit<>::kPanels;
+    return kind == Operand::kInt8 ? WideBlock<>::panels_of(*args.weight) : 1;
+}
+
 // Calls function(first row, rows, panel, sums) for stretches of at most kMaxRows rows with each panel, sums complete.
 template <class Function>
 inline void for_products(const ProductArgs& args, int64_t first_row, int64_t end_row, int64_t first_panel,

@@ -4,9 +4,10 @@
 //
 //                    lines of bytes, of four panels      a line: 16 outputs × 4 inputs
 //                   ┌──────┬──────┬──────┬──────┐
-//      up to 6 rows │ sums │ sums │ sums │ sums │        of two panels where parts have scales of their own: the sums
-//      of
-//                   └──────┴──────┴──────┴──────┘        parts need as many registers again
+//      up to 6 rows │ sums │ sums │ sums │ sums │
+//                   └──────┴──────┴──────┴──────┘
+//
+// Where parts have scales of their own, it is two panels: the sums of parts need as many registers again.
 //
 // A tile knows no format: the format widens a piece of each panel (formats/wide_lines.h). Order of accumulation: that
 // of tiles.h and codes_tile.h, and so the same bits.
@@ -15,6 +16,7 @@
 #include <algorithm>
 #include <cstring>
 #include <optional>
+#include <utility>
 #include <vector>
 
 #include "product/each.h"
@@ -26,8 +28,9 @@ namespace amalgam {
 namespace {
 
 constexpr int64_t kMinWideRows = 9, kMinWidePartsRows = 16;  // fewer do not pay
-constexpr int kWideTile = 6, kMinWideTile = 4;  // rows; so many rows and more are cut into tiles of no other heights
-constexpr int64_t kWideInputs = 1024;           // of all panels of a piece, which the first-level cache holds
+constexpr int kWideTile = 6, kMinWideTile = 4;  // rows: 8 and more can be cut into tiles of no other heights
+static_assert(kMinWideRows >= 8 && kMinWidePartsRows >= 8);
+constexpr int64_t kWideInputs = 1024;  // of all panels of a piece, which the first-level cache holds
 constexpr int64_t kLeastChunk = kColumnUnit, kLeastPart = 16;
 
 // Chunks [first, end) of kPanels panels.
@@ -115,8 +118,8 @@ class WideRows {
     }
 };
 
-// Lines that are prefetched while a piece is computed: what comes after it, as many with each chunk of each tile. It is
-// a line or two too many in the end, because a branch that is guessed wrong costs more.
+// Lines that are prefetched while a piece is computed: what comes after it, the same number with each chunk of each
+// tile. The last lines may belong to nobody: that costs less than a branch that is guessed wrong.
 template <int kPanels>
 class WideAhead {
  public:
@@ -343,7 +346,7 @@ class WideBlock {
         if (rows < (w.part > 0 ? kMinWidePartsRows : kMinWideRows)) return;
         constexpr int kHalf = kPanels / 2;
         const bool has_minima = w.offset != nullptr;
-        panels_ = w.part > 0 ? kHalf : kPanels;
+        panels_ = panels_of(w);
         if (w.part == 0) {
             function_ = wide_product<kPanels, 0, false>;
         } else if (w.part == 16) {
@@ -354,7 +357,12 @@ class WideBlock {
         rows_.emplace(w, x, first_row, rows, format.byte_zero);
     }
 
-    int panels() const { return panels_; }  // 1: not so
+    // Of a weight with operands in int8, if there are rows enough.
+    static int panels_of(const Matrix& w) {
+        if (kernels_of(w.format).widen == nullptr) return 1;
+        return w.part > 0 ? kPanels / 2 : kPanels;
+    }
+    int panels() const { return panels_; }  // 1: this block is not multiplied here
     // totals[i].row[r] = row r · panel + i, for as many panels.
     void multiply(int64_t panel, Sums* totals) const { function_(w_, *rows_, panel, totals); }
 
@@ -369,6 +377,7 @@ template <>
 class WideBlock<1> {
  public:
     WideBlock(const Matrix&, const Activations&, int64_t, int64_t, bool) {}
+    static int panels_of(const Matrix&) { return 1; }
     int panels() const { return 1; }
     void multiply(int64_t, Sums*) const {}
 };
