@@ -39,11 +39,13 @@ class Cases:
 
 @contextmanager
 def each_case() -> Iterator[Cases]:
-    """Fails at the end if any case has failed, or if there was none."""
+    """Fails at the end if any case has failed, whatever else ends the loop, or if there was none."""
     cases = Cases()
-    yield cases
+    try:
+        yield cases
+    finally:
+        if cases.failures:
+            names = "\n".join(f"- {name}" for name, _ in cases.failures)
+            details = "\n".join(f"--- {name}\n{trace}" for name, trace in cases.failures[:_MOST_SHOWN])
+            pytest.fail(f"{len(cases.failures)} of {cases.count} cases:\n{names}\n{details}", pytrace=False)
     assert cases.count, "there was no case"
-    if cases.failures:
-        names = "\n".join(f"- {name}" for name, _ in cases.failures)
-        details = "\n".join(f"--- {name}\n{trace}" for name, trace in cases.failures[:_MOST_SHOWN])
-        pytest.fail(f"{len(cases.failures)} of {cases.count} cases:\n{names}\n{details}", pytrace=False)

@@ -50,8 +50,8 @@ TOGETHER = {
 # Longest units first: whoever got one of them last would work alone at the end.
 LONG = (
     "models", "pages", "test_readme.py", "kernels/test_panels.py", "cli/test_plan_budget.py",
-    "runtime/test_autoplan.py",
-    "test_llm.py", "kernels/test_attention.py", "runtime/test_deployment.py", "runtime/test_any_company.py",
+    "runtime/test_autoplan.py", "test_llm.py", "kernels/test_attention.py", "runtime/test_deployment.py",
+    "runtime/test_any_company.py",
     "kernels/test_new_isa.py", "text/test_gguf.py", "cli/test_cli.py", "server/test_description.py",
     "server/test_lifecycle.py", "tools/test_estimate.py", "runtime/test_faults.py", "test_planning_docs.py",
     "cli/test_streams.py", "cli/test_generate.py", "cli/test_distill.py", "server/test_faults.py",
@@ -61,7 +61,7 @@ FOLDER_NUMBERS = itertools.count()
 DEMO_TOKENIZER = DEMO / "tokenizer.json"
 TOKENIZERS: dict[bytes, Tokenizer] = {}
 read_tokenizer = Tokenizer.load.__func__  # type: ignore[attr-defined]
-# Weights are packed once for all: of an opening's 0.45 s this is 0.3.
+# Weights are packed once for all, which takes most of an opening.
 CONFIG = """
 model:
   name: demo
@@ -114,7 +114,7 @@ def let_signals_come() -> None:
 def spare_messages(worker: Any) -> None:
     """Of the six messages of a test, which take as long as a small test does, the one with its result is enough.
 
-    Setups and teardowns are told if they failed, or took a time that one might look for.
+    Setups and teardowns are told if they failed, or took a time that one might look for: `--durations` has no others.
     """
     send = worker.sendevent
 
@@ -133,7 +133,7 @@ def load_tokenizer(
     gguf_metadata: Mapping[str, Any] | None = None,
     chat_template: str | None = None,
 ) -> Tokenizer:
-    """As `Tokenizer.load`, but that of the demo once for a thousand deployments, which takes 40 ms each time."""
+    """As `Tokenizer.load`, but that of the demo once in a process, and so its remarks in the log."""
     files = sorted(folder.iterdir()) if (folder / "tokenizer.json").is_file() else []
     is_plain = all(file.is_file() and not file.is_symlink() for file in files)
     if not (is_plain and DEMO_TOKENIZER.stat().st_size in (file.stat().st_size for file in files)):
@@ -141,7 +141,7 @@ def load_tokenizer(
     digest = hashlib.sha256(repr(chat_template).encode())
     for file in files:
         if file.suffix in (".json", ".jinja", ".txt", ".model"):
-            digest.update(file.name.encode() + file.read_bytes())
+            digest.update(f"{file.name} {file.stat().st_size} ".encode() + file.read_bytes())
     key = digest.digest()
     if key not in TOKENIZERS:
         TOKENIZERS[key] = read_tokenizer(cls, folder, gguf_metadata, chat_template)

@@ -222,9 +222,11 @@ WHEN = [
     ("shrinks", 1),
     ("shrinks", NUM_WEIGHTS),
     ("becomes empty", 1),
+    ("becomes empty", NUM_WEIGHTS),
     ("vanishes", NUM_WEIGHTS),
     ("is exchanged", 1),
 ]
+assert {fault for fault, _ in WHEN} == MIDWAY.keys()
 
 
 @pytest.mark.parametrize("fault", AT_FIRST)

@@ -102,7 +102,7 @@ def test_time_in_which_a_processor_is_waited_for_does_not_count(
     is_done = threading.Event()
 
     def hold_up() -> None:
-        while not is_done.wait(0.001):
+        while not is_done.wait(0.01):
             os.killpg(pid, signal.SIGSTOP)
             is_done.wait(0.1)
             os.killpg(pid, signal.SIGCONT)

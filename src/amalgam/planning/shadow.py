@@ -189,7 +189,7 @@ class Comparison:
             CheckpointError: of the candidate only, hidden states or logits hold NaN or infinity.
         """
         if self._cache is None:
-            self._begin(token_ids[0])
+            self._cache = self._begin(token_ids[0])
         runs: dict[int, _Run] = {}
         failure: CheckpointError | None = None
         for which in (0, 1) if len(self._rows) % 2 else (1, 0):  # who comes second finds the caches warm
@@ -218,22 +218,22 @@ class Comparison:
         self._rows.append(_Row(divergence, agreement, loss_now, loss_candidate, (kept[0], kept[1])))
         return True
 
-    def _begin(self, token_id: int) -> None:
+    def _begin(self, token_id: int) -> KVCache:
         """Make now what the first steps would else wait for, since they are timed."""
         decoder = self._decoder
         num_blocks = -(-decoder.max_positions // BLOCK_SIZE)
-        self._cache = KVCache.allocate(decoder.spec, num_blocks, BLOCK_SIZE, decoder.dtype, decoder.device)
+        cache = KVCache.allocate(decoder.spec, num_blocks, BLOCK_SIZE, decoder.dtype, decoder.device)
         for version in self._versions:
-            decoder.prepare(version, self._cache)
-            decoder.compile(version).run(self._step([token_id], 0, 1))
+            decoder.prepare(version, cache)
+            decoder.compile(version).run(self._step(cache, [token_id], 0, 1))
             self._throttle("Comparing", 0, 1)
+        return cache
 
-    def _step(self, token_ids: Sequence[int], first: int, num_logits: int) -> StepContext:
+    def _step(self, cache: KVCache, token_ids: Sequence[int], first: int, num_logits: int) -> StepContext:
         """Of tokens of the one sequence, the first of them at a position."""
-        assert self._cache is not None
         state = SequenceState.of(0, first) if self._decoder.spec.state_bytes else None
         blocks = range(-(-(first + len(token_ids)) // BLOCK_SIZE))
-        return StepContext([StepSequence(list(token_ids), first, blocks, num_logits, state)], self._cache)
+        return StepContext([StepSequence(list(token_ids), first, blocks, num_logits, state)], cache)
 
     def _log_probabilities(self, runs: Mapping[int, _Run], which: int, rows: Tensor) -> Tensor:
         compiled = self._decoder.compile(self._versions[which])
@@ -241,14 +241,15 @@ class Comparison:
 
     def _run(self, token_ids: Sequence[int], which: int) -> _Run:
         """Compute all but the last few tokens together, and those one by one, as an engine does."""
-        decoder = self._decoder
+        decoder, cache = self._decoder, self._cache
+        assert cache is not None
         compiled = decoder.compile(self._versions[which])
         num_single = min(_SINGLE_TOKENS, len(token_ids) - 1)
         num_together = len(token_ids) - num_single
         hidden: list[Tensor] = []
 
         def run(first: int, stop: int, num_logits: int) -> float:
-            step = self._step(token_ids[first:stop], first, num_logits)
+            step = self._step(cache, token_ids[first:stop], first, num_logits)
             started = _clock(decoder.device)
             compiled.run(step)
             seconds = _clock(decoder.device) - started

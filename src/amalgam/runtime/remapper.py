@@ -35,6 +35,7 @@ from amalgam.runtime.yielding import Turns
 
 MAX_UNDOS = 64
 FREEING_SECONDS = 5.0  # that a change waits for the memory of versions that drain
+_LOOK_SECONDS = 0.2  # a change that waits is given up after at most that
 
 
 class Remapper:
@@ -224,7 +225,11 @@ class Remapper:
                 prepared.loader.devices.check_room(load.new_by_device, prepared.shared.weights)
                 return
             except OutOfMemoryError:
-                if not self._versions.wait_freed(num_freed, deadline - time.monotonic()):
+                has_freed = False
+                while not has_freed and self._versions.is_freeing and time.monotonic() < deadline:
+                    has_freed = self._versions.wait_freed(num_freed, _LOOK_SECONDS)
+                    self._job.check()
+                if not has_freed and self._versions.num_freed == num_freed:
                     raise
 
     def _prepare(self, request: ChangeRequest, served: ServedWeights) -> ServedWeights | Prepared:

@@ -148,11 +148,12 @@ class VersionBook:
             Whether they have; False at once if no version drains.
         """
         with self._lock:
-            self._freed.wait_for(lambda: self._num_freed > num_freed or not self._frees, seconds)
+            self._freed.wait_for(lambda: self._num_freed > num_freed or not self.is_freeing, seconds)
             return self._num_freed > num_freed
 
     @property
-    def _frees(self) -> bool:
+    def is_freeing(self) -> bool:
+        """Whether there are versions whose memory goes back when their last request has ended."""
         return bool(self._draining or self._num_freeing) and not self._is_closed
 
     def next_id(self) -> int:
@@ -478,13 +479,15 @@ class VersionBook:
             self._num_freeing = len(gone)
         if not gone and not has_freed:
             return
-        while weights:
-            weights.pop()
-            time.sleep(0)  # a step that waits for the interpreter's lock gets it
-        self._free()
-        with self._lock:
-            self._num_freeing, self._num_freed = 0, self._num_freed + len(gone)
-            self._freed.notify_all()
+        try:
+            while weights:
+                weights.pop()
+                time.sleep(0)  # a step that waits for the interpreter's lock gets it
+            self._free()
+        finally:
+            with self._lock:
+                self._num_freeing, self._num_freed = 0, self._num_freed + len(gone)
+                self._freed.notify_all()
 
 
 def as_id(weights: str | int) -> int | None:
