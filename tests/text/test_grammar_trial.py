@@ -22,9 +22,10 @@ from amalgam.errors import UnavailableError
 from amalgam.text import grammar_trial, rendering, sandbox
 from amalgam.text.grammar import Grammar, GrammarCompiler
 from amalgam.text.grammar_trial import Trial
+from amalgam.text.parts import TokenizerParts
 from amalgam.text.tokenizer import Tokenizer
-from tests.conftest import DEMO
 from tests.text.processes import kill, running
+from tests.text.tokenizer_files import LLAMA3, byte_level
 
 TOKENS = [*(bytes([byte]) for byte in range(256)), b"\xff<end>"]
 END = 256
@@ -129,7 +130,7 @@ def test_blocked_signals_are_no_way_out() -> None:
 
 
 def test_without_descriptors_a_request_is_told_so_and_the_next_is_served() -> None:
-    compiler = GrammarCompiler(Tokenizer.load(DEMO))
+    compiler = GrammarCompiler(Tokenizer(TokenizerParts(byte_level(LLAMA3)), frozenset()))
     for pid in running(sandbox.__file__):  # another is to be started
         kill(pid)
     with no_descriptors():

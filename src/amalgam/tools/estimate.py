@@ -30,6 +30,8 @@ from amalgam.runtime.speculation import draft_bytes
 from amalgam.text.tokenizer import Tokenizer
 from amalgam.tools.estimate_devices import DeviceEstimate, devices_of
 
+# Pages of libraries that are read only where something is computed, and what belongs to requests.
+_ANSWERING_BYTES = 8 * 2**20
 _ACCUMULATOR_BYTES = 4
 # Of each score that an indexer gives: the score, a copy, a count and three marks. Of each position that it chooses: the
 # position, its slot and two tables of those.
@@ -54,7 +56,8 @@ class Estimate:
         weights: format → bytes in memory under the plan; bf16 as coded, which weights that were trained can be.
         mapped_bytes: those of them that are pages of the packed cache. The system keeps them in memory that nothing
             else needs and reads them again when they are touched, so that they need not fit and are not in the total.
-        process_bytes: resident memory of this process, which has a tokenizer and no weights.
+        process_bytes: resident memory of this process, which has a tokenizer and no weights, and what it takes besides
+            while it answers.
         workspace_bytes: activations of the largest step.
         kv_bytes_per_token: keys and values of one token over all layers.
         state_bytes: recurrent states of the sequences; 0: the model has none.
@@ -133,7 +136,7 @@ def estimate(
     workspace = workspace_bytes(spec, min(settings.engine.max_step_tokens, batch_size * seq_length), batch_size, dtype)
     # The largest part of a process without weights: it counts below.
     Tokenizer.load(loader.base_folder, loader.base_metadata)
-    process = resident_bytes() if device.type == "cpu" else 0
+    process = resident_bytes() + _ANSWERING_BYTES if device.type == "cpu" else 0
     available = available_bytes(device) if card is None else card.memory_bytes
     mapped = sum(weight.memory_bytes for weight in planned if loader.maps(weight.format))
     states = batch_size * STATES_PER_SEQUENCE * spec.state_bytes
