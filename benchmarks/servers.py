@@ -18,7 +18,7 @@ from typing import Any
 
 from clients import Address
 from engines import Child, free_port, process_memory
-from environments import LLAMA_SERVER
+from llama_builds import LLAMA_SERVER
 
 ROOT = Path(__file__).resolve().parents[1]
 MAX_SEQUENCES = 32  # that run together, in every server

@@ -25,6 +25,7 @@ from pathlib import Path
 
 from engines import exit_on_signals
 from environments import prepare
+from llama_builds import labelled
 from rich.console import Console
 from scenarios.cancel import cancel
 from scenarios.grammars import grammars
@@ -81,6 +82,7 @@ def main() -> int:
     prepare(options.folder, environments, {server.model for server in servers.values() if server.precision})
     if options.prepare:
         return 0
+    servers = {labelled(name, options.folder, server.environment): server for name, server in servers.items()}
     console = Console(quiet=options.json, width=None if sys.stdout.isatty() else 120)
     result = SCENARIOS[options.scenario](options, servers, console)
     document = {"command": sys.argv, "commit": commit(), "hardware": hardware(), "scenario": options.scenario, **result}

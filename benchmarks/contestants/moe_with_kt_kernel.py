@@ -1,0 +1,77 @@
+"""kt-kernel's experts: `moe_with_kt_kernel.py FORMAT`: int4, int8 (a scale for each row), fp8 (for each block) or bf16.
+
+As its wheel ships: `CPUInfer` with a pool of one node, as its own wrapper makes it. The calling thread then waits,
+spinning, while the pool's threads compute; its option for a caller that computes too (`USE_NUMA_JOB_DIRECT_WORK`) is
+one of the compiler's, and the wheel is built without it.
+"""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+import torch
+from moe_block import HIDDEN, MOST_ROWS, NUM_ACTIVE, NUM_EXPERTS, WIDTH, Experts, Layer, load, num_threads
+from protocol import Measure, answer
+from torch import Tensor
+
+# What its wrapper chooses from, the best first. They keep their names where they run on AVX-512.
+CLASSES = {
+    "int4": ("AMXInt4_MOE",),
+    "int8": ("AMXInt8_MOE",),
+    "fp8": ("AMXFP8_MOE", "AVX2FP8_MOE"),
+    "bf16": ("AMXBF16_MOE", "AVX2BF16_MOE"),
+}
+BLOCK = 128  # rows and columns of fp8 that share a scale
+
+
+def load_with(name: str) -> Measure:
+    import kt_kernel
+    from kt_kernel import kt_kernel_ext as native
+
+    maker = next((found for one in CLASSES[name] if (found := getattr(native.moe, one, None))), None)
+    if maker is None:
+        raise NotImplementedError(f"{' and '.join(CLASSES[name])} are not in the variant {kt_kernel.__cpu_variant__}")
+    pool = native.WorkerPoolConfig()
+    pool.subpool_count, pool.subpool_numa_map, pool.subpool_thread_count = 1, [0], [num_threads()]
+    infer = native.CPUInfer(pool)
+
+    def make(experts: Experts) -> Layer:
+        config = native.moe.MOEConfig(NUM_EXPERTS, NUM_ACTIVE, HIDDEN, WIDTH, 0)
+        config.max_len, config.pool = MOST_ROWS, infer.backend_
+        kept = [give(config, part, values, name) for part, values in zip(("gate", "up", "down"), experts, strict=True)]
+        numbers = torch.arange(NUM_EXPERTS)
+        block = maker(config)
+        infer.submit(block.load_weights_task(numbers.data_ptr()))
+        infer.sync()
+        del kept  # read, and packed
+
+        def layer(x: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
+            out, rows = torch.empty_like(x), torch.tensor([len(x)], dtype=torch.int32)
+            places = [tensor.data_ptr() for tensor in (ids, weights, x, out)]
+            infer.submit(block.forward_task(rows.data_ptr(), NUM_ACTIVE, *places, False))
+            infer.sync()
+            return out
+
+        return layer
+
+    return load(make)
+
+
+def give(config: Any, part: str, values: Tensor, name: str) -> list[Tensor]:
+    """Tell where the weights are; they have to live until they are read."""
+    if name != "fp8":
+        setattr(config, f"{part}_proj", values.data_ptr())
+        return [values]
+    config.quant_config.bits, config.quant_config.group_size = 8, BLOCK
+    experts, rows, columns = values.shape
+    blocks = values.float().view(experts, rows // BLOCK, BLOCK, columns // BLOCK, BLOCK)
+    scale = blocks.abs().amax((2, 4), keepdim=True) / torch.finfo(torch.float8_e4m3fn).max
+    codes = (blocks / scale).to(torch.float8_e4m3fn).view(values.shape)
+    scale = scale.view(experts, rows // BLOCK, columns // BLOCK)
+    setattr(config, f"{part}_proj", codes.data_ptr())
+    setattr(config, f"{part}_scale", scale.data_ptr())
+    return [codes, scale]
+
+
+answer(lambda: load_with(sys.argv[1]))
