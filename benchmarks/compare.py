@@ -1,6 +1,6 @@
 """Shape S in amalgam and in other engines, in one run: what docs/performance.md is written from.
 
-Whole models first; then (`experts-…`) the block of experts alone, whose kernels some engines have and no CPU model for.
+Whole models first; then (`experts-…`) the block of experts alone, as kt-kernel has no whole model on a CPU.
 
     python benchmarks/compare.py FOLDER                      everything; FOLDER keeps environments and models (60 GB)
     python benchmarks/compare.py FOLDER --only int4 int8     some rows of the table

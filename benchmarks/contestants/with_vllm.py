@@ -1,4 +1,4 @@
-"""vLLM on the CPU, bfloat16: `with_vllm.py FOLDER`."""
+"""vLLM on the CPU, weights as the folder has them, all else bfloat16: `with_vllm.py FOLDER`."""
 
 from __future__ import annotations
 
