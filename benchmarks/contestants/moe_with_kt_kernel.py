@@ -8,7 +8,6 @@ one of the compiler's, and the wheel is built without it.
 from __future__ import annotations
 
 import sys
-from typing import Any
 
 import torch
 from moe_block import HIDDEN, MOST_ROWS, NUM_ACTIVE, NUM_EXPERTS, WIDTH, Experts, Layer, load, num_threads
@@ -35,16 +34,21 @@ def load_with(name: str) -> Measure:
     pool = native.WorkerPoolConfig()
     pool.subpool_count, pool.subpool_numa_map, pool.subpool_thread_count = 1, [0], [num_threads()]
     infer = native.CPUInfer(pool)
+    given: dict[str, Tensor] = {}  # the same for all layers, by what they are called in a layer's settings
 
     def make(experts: Experts) -> Layer:
+        if not given:
+            for part, values in zip(("gate", "up", "down"), experts, strict=True):
+                given.update(fp8_by_block(part, values) if name == "fp8" else {f"{part}_proj": values})
         config = native.moe.MOEConfig(NUM_EXPERTS, NUM_ACTIVE, HIDDEN, WIDTH, 0)
         config.max_len, config.pool = MOST_ROWS, infer.backend_
-        kept = [give(config, part, values, name) for part, values in zip(("gate", "up", "down"), experts, strict=True)]
-        numbers = torch.arange(NUM_EXPERTS)
-        block = maker(config)
+        if name == "fp8":
+            config.quant_config.bits, config.quant_config.group_size = 8, BLOCK
+        for key, tensor in given.items():
+            setattr(config, key, tensor.data_ptr())
+        block, numbers = maker(config), torch.arange(NUM_EXPERTS)
         infer.submit(block.load_weights_task(numbers.data_ptr()))
         infer.sync()
-        del kept  # read, and packed
 
         def layer(x: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
             out, rows = torch.empty_like(x), torch.tensor([len(x)], dtype=torch.int32)
@@ -58,20 +62,12 @@ def load_with(name: str) -> Measure:
     return load(make)
 
 
-def give(config: Any, part: str, values: Tensor, name: str) -> list[Tensor]:
-    """Tell where the weights are; they have to live until they are read."""
-    if name != "fp8":
-        setattr(config, f"{part}_proj", values.data_ptr())
-        return [values]
-    config.quant_config.bits, config.quant_config.group_size = 8, BLOCK
+def fp8_by_block(part: str, values: Tensor) -> dict[str, Tensor]:
     experts, rows, columns = values.shape
     blocks = values.float().view(experts, rows // BLOCK, BLOCK, columns // BLOCK, BLOCK)
     scale = blocks.abs().amax((2, 4), keepdim=True) / torch.finfo(torch.float8_e4m3fn).max
     codes = (blocks / scale).to(torch.float8_e4m3fn).view(values.shape)
-    scale = scale.view(experts, rows // BLOCK, columns // BLOCK)
-    setattr(config, f"{part}_proj", codes.data_ptr())
-    setattr(config, f"{part}_scale", scale.data_ptr())
-    return [codes, scale]
+    return {f"{part}_proj": codes, f"{part}_scale": scale.view(experts, rows // BLOCK, columns // BLOCK)}
 
 
 answer(lambda: load_with(sys.argv[1]))
