@@ -4,6 +4,7 @@
 #include <immintrin.h>
 
 #include "isa/float_types.h"
+#include "isa/x86_prefetch.h"
 
 namespace amalgam {
 namespace {
@@ -386,10 +387,6 @@ inline int64_t count_exceptions(const uint16_t* values, int64_t count, int windo
     }
     return exceptions;
 }
-
-inline void prefetch(const uint8_t* p) { _mm_prefetch(reinterpret_cast<const char*>(p), _MM_HINT_T0); }
-// Into L2.
-inline void prefetch_far(const uint8_t* p) { _mm_prefetch(reinterpret_cast<const char*>(p), _MM_HINT_T1); }
 
 // --- Attention ---
 
