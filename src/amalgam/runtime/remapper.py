@@ -225,12 +225,11 @@ class Remapper:
                 prepared.loader.devices.check_room(load.new_by_device, prepared.shared.weights)
                 return
             except OutOfMemoryError:
-                has_freed = False
-                while not has_freed and self._versions.is_freeing and time.monotonic() < deadline:
-                    has_freed = self._versions.wait_freed(num_freed, _LOOK_SECONDS)
+                while not self._versions.wait_freed(num_freed, _LOOK_SECONDS):
                     self._job.check()
-                if not has_freed and self._versions.num_freed == num_freed:
-                    raise
+                    is_over = not self._versions.is_freeing or time.monotonic() >= deadline
+                    if is_over and self._versions.num_freed == num_freed:
+                        raise
 
     def _prepare(self, request: ChangeRequest, served: ServedWeights) -> ServedWeights | Prepared:
         """The version that a request asks for, if it is in memory, or what it is made of."""
