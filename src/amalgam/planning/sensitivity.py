@@ -38,6 +38,9 @@ VERSION = 2  # of what a file holds; others are measured again
 DRAWS = 2
 STUDY = "study.json"  # what a folder is about
 _HEAD_ROWS = 256
+# Small operations of PyTorch: what is left of a profile of the demo model, whose products take little, by their time.
+_CALLS_PER_OPTION = 360  # reading and restoring it
+_CALLS_PER_WEIGHT = 170  # and sequence, forward, back and for all options together
 _FORWARD_AND_BACK = 2  # forward passes over all tokens, beside one for each draw and one for each option
 
 
@@ -92,7 +95,7 @@ class Cost:
         read_bytes: of checkpoints.
         memory_bytes: of hidden states and gradients, beside one layer's weights.
         operations: multiplications and additions.
-        seconds: at the speed of a product on this machine now.
+        seconds: at the speed of a large product and of small operations on this machine now.
         num_done, num_layers: layers that are there already, of all.
     """
 
@@ -161,6 +164,9 @@ class SensitivityStudy:
             2 * item.num_weights * self._draws * (tokens * share(item.role) + sequences * len(item.options))
             for item in items
         )
+        calls = (
+            _CALLS_PER_OPTION * sum(len(item.options) for item in items) + _CALLS_PER_WEIGHT * len(items) * sequences
+        )
         read = 2 * sum(weight.stored.nbytes for weight in self._base.values()) if missing else 0
         read += sum(option.stored_bytes for item in items for option in item.options)
         hidden = 4 * tokens * spec.hidden_size * (spec.num_layers + 1 + self._draws)
@@ -178,7 +184,7 @@ class SensitivityStudy:
             read,
             hidden,
             passes + options,
-            2 * (passes + options) / _speed(),  # half of the time goes elsewhere
+            2 * (passes + options) / _speed() + calls * _call_seconds(),  # half of the time goes elsewhere
             len(self.layers) - len(missing),
             len(self.layers),
         )
@@ -443,9 +449,24 @@ def _active_share(loader: ModelLoader) -> Callable[[str], float]:
 def _speed() -> float:
     """Operations a second of a product, as it is now."""
     a, b = torch.ones(512, 1024), torch.ones(1024, 1024)
+    return 2 * 512 * 1024 * 1024 / _least_seconds(lambda: a @ b, 4)
+
+
+def _call_seconds() -> float:
+    """What an operation with little to compute takes, as it is now."""
+    a, calls = torch.ones(64, 64), 50
+
+    def call() -> None:
+        for _ in range(calls):
+            (a @ a).square().sum()
+
+    return _least_seconds(call, 20) / (3 * calls)
+
+
+def _least_seconds(call: Callable[[], object], times: int) -> float:
     best = math.inf
-    for _ in range(4):
+    for _ in range(times):
         started = time.perf_counter()
-        a @ b
+        call()
         best = min(best, time.perf_counter() - started)
-    return 2 * 512 * 1024 * 1024 / best
+    return best
