@@ -1,9 +1,11 @@
 """Paged attention alone: decoding against a plain read of the same keys and values, prompts in GFLOP/s.
 
     python benchmarks/attention.py [--dtype float32] [--cache int8] [--heads 32 --kv-heads 4 --head-dim 128]
+    python benchmarks/attention.py --against avx512      on a machine with AMX
 
 Prints a table, and as the last line one JSON object. Every case and its plain read take turns over several layers'
-caches, so that what is read is not in a cache of the processor and a disturbance hits both.
+caches, so that what is read is not in a cache of the processor and a disturbance hits both. `--against` runs a second
+instruction set in turns, over the same caches, and tells how many times as fast the first one is.
 """
 
 from __future__ import annotations
@@ -13,6 +15,7 @@ import json
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 from statistics import median
 
 import numpy as np
@@ -48,13 +51,14 @@ def make_batch(lengths: list[int], contexts: list[int], generator: torch.Generat
     return AttentionBatch(starts, torch.tensor(contexts), tables, BLOCK_SIZE), sum(counts)
 
 
-def take_turns(contestants: list[Callable[[int], object]], repeats: int) -> list[list[float]]:
-    """Seconds of each contestant's calls; they are called one after the other with the number of the turn."""
+def take_turns(contestants: list[Callable[[int], object]], apart: int, repeats: int) -> list[list[float]]:
+    """Seconds of each contestant's calls; they are called one after the other, each with a number that grows by one
+    and is so much above that of the one before."""
     times: list[list[float]] = [[] for _ in contestants]
     for turn in range(-2, repeats):
-        for contestant, seconds in zip(contestants, times, strict=True):
+        for place, (contestant, seconds) in enumerate(zip(contestants, times, strict=True)):
             started = time.perf_counter()
-            contestant(turn)
+            contestant(turn + place * apart)
             if turn >= 0:
                 seconds.append(time.perf_counter() - started)
     return times
@@ -69,7 +73,7 @@ def measure(options: argparse.Namespace, lengths: list[int], contexts: list[int]
     is_coded = cache_type in (torch.int8, torch.float8_e4m3fn)
     row_bytes = options.head_dim * cache_type.itemsize + 4 * is_coded
     num_bytes = 2 * sum(contexts) * options.kv_heads * row_bytes
-    layers = max(2, min(64, CACHE_BYTES // num_bytes))
+    layers = max(2 + (options.against is not None), min(64, CACHE_BYTES // num_bytes))
     caches = []
     for _ in range(layers):
         pair = empty_cache(shape, cache_type), empty_cache(shape, cache_type)
@@ -84,7 +88,8 @@ def measure(options: argparse.Namespace, lengths: list[int], contexts: list[int]
     query = torch.randn(sum(lengths), options.heads, options.head_dim, generator=generator).to(dtype)
     threads = torch.get_num_threads()
 
-    def attend(turn: int) -> None:
+    def attend(isa: str, turn: int) -> None:
+        extension.isa = lambda: isa  # type: ignore[method-assign]
         attention.paged_attention(query, caches[turn % layers], batch, scale=options.head_dim**-0.5)
 
     def read(turn: int) -> None:
@@ -92,19 +97,25 @@ def measure(options: argparse.Namespace, lengths: list[int], contexts: list[int]
             if cache is not None:
                 _native.read_memory(cache, threads)
 
-    # Half a round apart, so that neither finds in the processor's cache what the other has read.
-    ours, plain = take_turns([attend, lambda turn: read(turn + layers // 2)], options.repeats)
+    contestants: list[Callable[[int], object]] = [partial(attend, options.isa), read]
+    if options.against is not None:
+        contestants.append(partial(attend, options.against))
+    # Some layers apart, so that none finds in the processor's cache what another has read.
+    ours, plain, *others = take_turns(contestants, layers // len(contestants), options.repeats)
     flops = sum(
         4 * options.heads * options.head_dim * sum(range(context - length + 1, context + 1))
         for length, context in zip(lengths, contexts, strict=True)
     )
-    return {
+    result = {
         "microseconds": median(ours) * 1e6,
         "gigabytes_per_second": num_bytes / median(ours) / 1e9,
         "plain_read": num_bytes / median(plain) / 1e9,
         "share_of_plain_read": median(b / a for a, b in zip(ours, plain, strict=True)),
         "gflops": flops / median(ours) / 1e9,
     }
+    for theirs in others:
+        result["times_as_fast"] = median(b / a for a, b in zip(ours, theirs, strict=True))
+    return result
 
 
 def main() -> None:
@@ -118,21 +129,25 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=20)
     parser.add_argument("--isa", choices=_native.supported_isas(), default=extension.isa())
     parser.add_argument("--only", choices=("decode", "prompt"))
+    parser.add_argument("--against", choices=_native.supported_isas(), metavar="ISA")
     options = parser.parse_args()
+    if options.against == options.isa:
+        parser.error(f"{options.isa} is what runs; needed: another one of {', '.join(_native.supported_isas())}")
     torch.set_num_threads(options.threads)
-    extension.isa = lambda: options.isa  # type: ignore[method-assign]
 
     cases = {f"decode {n} × {context}": ([1] * n, [context] * n) for context, n in DECODE}
     cases |= {f"prompt of {length}": ([length], [length]) for length in PROMPTS}
     results: dict[str, dict[str, float]] = {}
-    print(f"{'case':<18} {'µs':>10} {'GB/s':>7} {'plain':>7} {'share':>6} {'GFLOP/s':>8}")
+    against = "" if options.against is None else f"  × {options.against}"
+    print(f"{'case':<18} {'µs':>10} {'GB/s':>7} {'plain':>7} {'share':>6} {'GFLOP/s':>8}{against}")
     for name, (lengths, contexts) in cases.items():
         if options.only and not name.startswith(options.only):
             continue
         row = results[name] = measure(options, lengths, contexts)
+        ratio = f"{row['times_as_fast']:>{len(against)}.2f}" if against else ""
         print(
             f"{name:<18} {row['microseconds']:10.1f} {row['gigabytes_per_second']:7.1f} {row['plain_read']:7.1f} "
-            f"{row['share_of_plain_read']:6.2f} {row['gflops']:8.1f}",
+            f"{row['share_of_plain_read']:6.2f} {row['gflops']:8.1f}{ratio}",
             flush=True,
         )
     record = {
@@ -140,6 +155,7 @@ def main() -> None:
         "commit": commit(),
         "hardware": hardware(),
         "isa": options.isa,
+        "against": options.against,
         "shape": {"heads": options.heads, "kv_heads": options.kv_heads, "head_dim": options.head_dim},
         "dtype": options.dtype,
         "cache": options.cache,

@@ -22,16 +22,7 @@ TYPES = (torch.float32, torch.bfloat16)
 CODES = (torch.int8, torch.float8_e4m3fn)
 
 
-def isas_of_attention() -> list[str]:
-    """Those that have one of their own."""
-    if not extension.is_available():
-        return supported_isas()
-    from amalgam import _native
-
-    return [isa for isa in supported_isas() if _native.attention_kernels(isa).isa == isa]
-
-
-@pytest.fixture(params=isas_of_attention())
+@pytest.fixture(params=supported_isas())
 def isa(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     """Each instruction set in turn, in use."""
     use_isa(monkeypatch, request.param)
@@ -45,9 +36,6 @@ def use_isa(monkeypatch: pytest.MonkeyPatch, isa: str) -> None:
 
     if isa not in _native.supported_isas():
         pytest.skip(f"this processor has no {isa}")
-    shared = _native.attention_kernels(isa).isa
-    if shared != isa:
-        pytest.skip(f"{isa} has the attention of {shared}")
     monkeypatch.setattr(extension, "isa", lambda: isa)
 
 
@@ -319,7 +307,7 @@ def test_vectors_of_any_width_give_the_same_bits(
     layer = make(Case(((40, 200), (1, 1100)), 8, 2, 64, 96, query_type=dtype, codes=codes))
     use_isa(monkeypatch, "avx2")
     expected = layer.run()
-    wider = [isa for isa in isas_of_attention() if isa.startswith("avx512")]
+    wider = [isa for isa in supported_isas() if isa.startswith("avx512")]
     if not wider:
         pytest.skip("this processor has no AVX-512")
     for isa in wider:

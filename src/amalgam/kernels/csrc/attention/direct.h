@@ -17,13 +17,13 @@ namespace {
 template <class A, class T>
 constexpr bool kIsDirect = std::is_same_v<T, typename A::Element> || (A::kElements == 2 && sizeof(T) == 1);
 
-// Whether these keys and values are.
+// Whether these keys and values are. The matrix unit multiplies tiles that are stored.
 template <class A>
 inline bool reads_directly(const ItemMemory& memory) {
     const CacheView &keys = memory.args.keys, &values = memory.args.values;
     constexpr DType kDType = A::kElements == 2 ? DType::kBfloat16 : DType::kFloat32;
     const bool is_direct_type = keys.dtype == kDType || (A::kElements == 2 && is_code(keys.dtype));
-    return memory.head_rows <= kTileRows && keys.dtype == values.dtype && is_direct_type &&
+    return !A::kUsesUnit && memory.head_rows <= kTileRows && keys.dtype == values.dtype && is_direct_type &&
            keys.dim % (kLanes * A::kElements) == 0 && values.dim % (2 * kLanes) == 0;
 }
 
@@ -58,7 +58,7 @@ AMALGAM_INLINE void score_block(const ItemMemory& memory, Key key, int64_t row, 
 #pragma GCC unroll 8
     for (int m = 0; m < M; ++m) sum[m] = zero_floats();
     const int64_t stride = memory.query_stride, steps = memory.key_steps;
-    const float* query = memory.query + row * stride;
+    const float* query = memory.query_of(row);
     for (int64_t step = 0; step < steps; step += 4) {
         typename A::Line line[4];
         transpose_four([&](int i) { return reinterpret_cast<const float*>(key(i)) + step; }, line);
@@ -106,7 +106,7 @@ template <class A, class T, int M, int N>
 inline void add_columns(const ItemMemory& memory, const Tile& tile, int64_t blocks, int64_t head, int64_t dim,
                         const float* factors, Prefetcher& prefetcher) {
     const int64_t stride = memory.value_dim;
-    float* output = memory.range_output + head * memory.head_rows * stride + dim;
+    float* output = memory.output_of(head * memory.head_rows) + dim;
     Floats sum[M][N];
 #pragma GCC unroll 8
     for (int m = 0; m < M; ++m) {

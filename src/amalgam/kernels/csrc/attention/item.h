@@ -2,7 +2,7 @@
 //
 // Both products are one microkernel, rows of 32-bit operands times lines of 16 lanes. An operand and a lane hold two
 // bfloat16 where query, keys and values are bfloat16 (then the softmax weights are rounded to bfloat16, and their total
-// is that of the rounded ones), and one float otherwise.
+// is that of the rounded ones), and one float otherwise. On a matrix unit those of pairs are unit.h's.
 //
 // Codes are multiplied as they are: the scale of a key multiplies its score, and that of a value the weight that it is
 // multiplied with.
@@ -18,8 +18,9 @@
 #include "attention/merging.h"
 #include "attention/microkernel.h"
 #include "attention/packing.h"
+#include "attention/softmax.h"
 #include "attention/tile.h"
-#include "product/exponential.h"
+#include "attention/unit.h"
 
 namespace amalgam {
 namespace {
@@ -30,7 +31,7 @@ class Attention {
     Attention(const AttentionArgs& args, const AttentionItem& item, float* scratch)
         : args_(args),
           item_(item),
-          memory_(args, item, scratch, A::kElements),
+          memory_(args, item, scratch, A::kElements, A::kUsesUnit),
           factor_((args.softcap > 0.0f ? 1.0f : args.scale) * kLog2E),
           reads_directly_(reads_directly<A>(memory_)) {}
 
@@ -40,6 +41,7 @@ class Attention {
         std::fill_n(memory_.zeros, std::max(args_.keys.dim, args_.values.dim) + kLanes, 0.0f);
         if (is_first) fetch_start();
         gather_query();
+        const TakenUnit<A::kUsesUnit> unit(memory_.unit_rows);
         if (item_.partial == nullptr) begin_merge(memory_);
         for (int64_t first = item_.first_key; first < item_.end_key;) {
             const int64_t end = std::min(first / kRangeKeys * kRangeKeys + kRangeKeys, item_.end_key);
@@ -64,6 +66,7 @@ class Attention {
     void score(const float* weights, float* out, int64_t stride) {
         std::fill_n(memory_.zeros, args_.keys.dim + kLanes, 0.0f);
         gather_query();
+        const TakenUnit<A::kUsesUnit> unit(memory_.unit_rows);
         Tile tile;
         Prefetcher prefetcher;
         for (int64_t first = item_.first_key; first < item_.end_key; first += kTileKeys) {
@@ -72,8 +75,16 @@ class Attention {
                 gather_factors<A>(memory_, args_.keys, tile, 0, 1.0f, memory_.key_factors);
             }
             pack_tile_keys(tile, 0, prefetcher);
-            for (int64_t row = 0; row < memory_.rows; row += kTileRows) {
-                score_rows<kTileRows>(tile, row, memory_.rows - row, weights, out + first, stride);
+            if constexpr (A::kUsesUnit) {
+                for (int64_t row = 0; row < memory_.rows; row += memory_.rows_at_once) {
+                    const int64_t count = std::min(memory_.rows_at_once, memory_.rows - row);
+                    score_on_unit(row, count, tile.num_blocks, prefetcher);
+                    add_scores(tile, row, count, weights, out + first, stride);
+                }
+            } else {
+                for (int64_t row = 0; row < memory_.rows; row += kTileRows) {
+                    score_rows<kTileRows>(tile, row, memory_.rows - row, weights, out + first, stride);
+                }
             }
         }
     }
@@ -83,8 +94,8 @@ class Attention {
         for (int64_t row = 0; row < memory_.rows; ++row) {
             const int64_t at =
                 memory_.token_of(row) * args_.query_token_stride + memory_.head_of(row) * args_.query_head_stride;
-            float* words = memory_.query + row * memory_.query_stride;
-            words[memory_.key_steps - 1] = 0.0f;
+            float* words = memory_.query_of(row);
+            std::fill(words + memory_.key_steps - 1, words + memory_.query_stride, 0.0f);
             if constexpr (A::kElements == 2) {
                 std::memcpy(words, static_cast<const Bfloat16*>(args_.query) + at,
                             static_cast<size_t>(args_.keys.dim) * sizeof(Bfloat16));
@@ -99,7 +110,7 @@ class Attention {
     void attend_range(int64_t first_key, int64_t end_key, const AttentionItem* following) {
         std::fill_n(memory_.range_maximum, memory_.rows, kNegativeInfinity);
         std::fill_n(memory_.range_total, memory_.rows * kLanes, 0.0f);
-        std::fill_n(memory_.range_output, memory_.rows * memory_.value_dim, 0.0f);
+        std::fill_n(memory_.range_output, item_.num_kv_heads * memory_.head_places * memory_.value_dim, 0.0f);
         Tile tiles[2];
         Tile *tile = &tiles[0], *next = &tiles[1];
         locate(item_, first_key / kTileKeys * kTileKeys, *tile);
@@ -122,6 +133,12 @@ class Attention {
     // How often computing a tile comes by a prefetcher, about.
     int64_t num_stops() const {
         const int64_t rows = memory_.head_rows;
+        if constexpr (A::kUsesUnit) {
+            const int64_t packing = kTileBlocks * unit_steps(memory_.key_steps) + kTileKeys / A::kElements;
+            const int64_t products = kTileBlocks / 2 + memory_.value_dim / (2 * kLanes);
+            const int64_t rounds = (rows + memory_.rows_at_once - 1) / memory_.rows_at_once;
+            return item_.num_kv_heads * (packing + rows + rounds * products);
+        }
         if (!reads_directly_) return item_.num_kv_heads * 2 * (kTileBlocks + rows);
         const int64_t values = kTileKeys / 8 * memory_.value_dim / (rows <= 4 ? 4 : 2) / kLanes;
         return item_.num_kv_heads * (kTileBlocks * memory_.key_steps / 4 + rows + values);
@@ -143,7 +160,7 @@ class Attention {
         if (args_.values.scales != nullptr) {
             gather_factors<A>(memory_, args_.values, tile, head, 1.0f, memory_.value_factors);
         }
-        if constexpr (kFusesPacking) {
+        if constexpr (kFusesPacking && !A::kUsesUnit) {
             if (reads_directly_) {
                 return with_element<A>(args_.keys.dtype, [&](auto element) {
                     using T = decltype(element);
@@ -154,6 +171,7 @@ class Attention {
         pack_tile_keys(tile, head, prefetcher);
         with_element<A>(args_.values.dtype,
                         [&](auto element) { pack_values<A, decltype(element)>(memory_, tile, head, prefetcher); });
+        if constexpr (A::kUsesUnit) return attend_on_unit(tile, head, prefetcher);
         const int64_t first = head * memory_.head_rows, end = first + memory_.head_rows;
         int64_t row = first;
         for (; row + kTileRows <= end; row += kTileRows) attend_rows<kTileRows>(tile, row, row - first, prefetcher);
@@ -177,13 +195,46 @@ class Attention {
     void attend_rows(const Tile& tile, int64_t row, int64_t local, Prefetcher& prefetcher) {
         const int64_t blocks = visible_blocks(tile, local + M - 1);
         if (blocks == 0) return;
-        multiply_blocks<A, M>(memory_.query + row * memory_.query_stride, memory_.query_stride, memory_.keys, kTileKeys,
-                              memory_.key_steps, memory_.scores, kTileKeys, nullptr, blocks, prefetcher);
+        multiply_blocks<A, M>(memory_.query_of(row), memory_.query_stride, memory_.keys, kTileKeys, memory_.key_steps,
+                              memory_.scores, kTileKeys, nullptr, blocks, prefetcher);
         alignas(64) float factors[kLanes];
-        softmax<M>(tile, row, local, blocks, factors, prefetcher);
+        softmax<A>(memory_, factor_, kRows<M>, tile, row, blocks, 0, factors, prefetcher);
         multiply_blocks<A, M>(memory_.weights, kTileKeys / A::kElements, memory_.values, memory_.value_dim,
-                              blocks * kLanes / A::kElements, memory_.range_output + row * memory_.value_dim,
-                              memory_.value_dim, factors, memory_.value_dim / kLanes, prefetcher);
+                              blocks * kLanes / A::kElements, memory_.output_of(row), memory_.value_dim, factors,
+                              memory_.value_dim / kLanes, prefetcher);
+    }
+
+    // The rows of one KV head on the matrix unit.
+    void attend_on_unit(const Tile& tile, int64_t head, Prefetcher& prefetcher) {
+        const int64_t value_dim = memory_.value_dim, end = memory_.head_rows;
+        for (int64_t local = 0; local < end; local += memory_.rows_at_once) {
+            const int64_t count = std::min(memory_.rows_at_once, end - local), row = head * end + local;
+            const int64_t blocks = visible_blocks(tile, local + count - 1);
+            if (blocks == 0) continue;
+            score_on_unit(row, count, blocks, prefetcher);
+            alignas(64) float factors[2 * kUnitRows];
+            for (int64_t at = 0; at < count; at += kLanes) {
+                const int rows = static_cast<int>(std::min<int64_t>(kLanes, count - at));
+                softmax<A>(memory_, factor_, rows, tile, row + at, blocks, at, factors + at, prefetcher);
+            }
+            float* output = memory_.output_of(row);
+            scale_rows(output, value_dim, factors, count);
+            multiply_on_unit<MatrixUnit<>, true>({{memory_.weights, kTileKeys / A::kElements},
+                                                  {memory_.values, value_dim},
+                                                  {output, value_dim},
+                                                  unit_steps(blocks * kLanes / A::kElements),
+                                                  memory_.unit_rows},
+                                                 count, value_dim / kLanes, prefetcher);
+        }
+    }
+
+    void score_on_unit(int64_t row, int64_t count, int64_t blocks, Prefetcher& prefetcher) {
+        multiply_on_unit<MatrixUnit<>, false>({{memory_.query_of(row), memory_.query_stride},
+                                               {memory_.keys, kTileKeys},
+                                               {memory_.scores, kTileKeys},
+                                               unit_steps(memory_.key_steps),
+                                               memory_.unit_rows},
+                                              count, blocks, prefetcher);
     }
 
     // Few rows: the same products straight from the cache.
@@ -196,7 +247,7 @@ class Attention {
         if (blocks == 0) return;
         score_directly<A, T, M>(memory_, tile, blocks, head, row, prefetcher);
         alignas(64) float factors[kLanes];
-        softmax<M>(tile, row, 0, blocks, factors, prefetcher);
+        softmax<A>(memory_, factor_, kRows<M>, tile, row, blocks, 0, factors, prefetcher);
         add_values_directly<A, T, M>(memory_, tile, blocks, head, factors, prefetcher);
     }
 
@@ -207,71 +258,6 @@ class Attention {
         return std::min(tile.num_blocks, (last_position - tile.first_key + kLanes) / kLanes);
     }
 
-    // Scores of M rows → weights. `factors`: what the rows' older results are to be multiplied with.
-    template <int M>
-    void softmax(const Tile& tile, int64_t row, int64_t local, int64_t blocks, float* factors, Prefetcher& prefetcher) {
-        static_assert(M <= kLanes);
-        alignas(64) float old_maximum[kLanes] = {}, new_maximum[kLanes] = {};
-        const Floats factor = broadcast(factor_);
-        const bool is_capped = args_.softcap > 0.0f;
-        for (int m = 0; m < M; ++m) {
-            const int64_t last = item_.first_position + (local + m) / memory_.shared - tile.first_key;
-            const int64_t first = first_visible(args_, last + tile.first_key) - tile.first_key;
-            const bool is_whole = first <= 0 && last >= blocks * kLanes - 1;
-            float* scores = memory_.scores + m * kTileKeys;
-            old_maximum[m] = memory_.range_maximum[row + m];
-            Floats highest = broadcast(old_maximum[m]);
-            if (is_capped) cap_scores(scores, blocks * kLanes);
-            for (int64_t key = 0; key < blocks * kLanes; key += kLanes) {
-                const bool is_by_key = memory_.key_factors != nullptr && !is_capped;
-                const Floats scale = is_by_key ? load_floats(memory_.key_factors + key) : factor;
-                Floats score = mul(load_floats(scores + key), scale);
-                if (!is_whole) {
-                    score = keep_range(score, static_cast<int>(std::clamp<int64_t>(first - key, 0, kLanes)),
-                                       static_cast<int>(std::clamp<int64_t>(last + 1 - key, 0, kLanes)));
-                }
-                store_floats(scores + key, score);
-                highest = maximum(score, highest);
-            }
-            memory_.range_maximum[row + m] = highest_lane(highest);
-            new_maximum[m] = memory_.range_maximum[row + m] == kNegativeInfinity
-                                 ? 0.0f
-                                 : memory_.range_maximum[row + m];  // nothing seen yet
-        }
-        store_floats(factors, exp2_lanes(subtract(load_floats(old_maximum), load_floats(new_maximum))));
-        for (int m = 0; m < M; ++m) {
-            const float* scores = memory_.scores + m * kTileKeys;
-            float* weights = memory_.weights + m * (kTileKeys / A::kElements);
-            float* totals = memory_.range_total + (row + m) * kLanes;
-            const Floats offset = broadcast(new_maximum[m]);
-            Floats total = mul(load_floats(totals), broadcast(factors[m]));
-            for (int64_t key = 0; key < blocks * kLanes; key += kLanes) {
-                Floats weight = exp2_lanes(subtract(load_floats(scores + key), offset));
-                const bool is_scaled = memory_.value_factors != nullptr;
-                const Floats stored = is_scaled ? mul(weight, load_floats(memory_.value_factors + key)) : weight;
-                if constexpr (A::kElements == 2) {
-                    const Floats rounded = store_bfloat16(weights + key / 2, stored);
-                    if (!is_scaled) weight = rounded;
-                } else {
-                    store_floats(weights + key, stored);
-                }
-                total = add(total, weight);
-            }
-            store_floats(totals, total);
-            prefetcher.stop();
-        }
-    }
-
-    void cap_scores(float* scores, int64_t count) const {
-        const float cap = args_.softcap, scale = args_.scale;
-        if (memory_.key_factors != nullptr) {
-            for (int64_t key = 0; key < count; ++key)
-                scores[key] = soft_cap(scores[key] * memory_.key_factors[key], cap);
-        } else {
-            for (int64_t key = 0; key < count; ++key) scores[key] = soft_cap(scores[key] * scale, cap);
-        }
-    }
-
     // --- An indexer's scores ---
 
     template <int M>
@@ -280,9 +266,14 @@ class Attention {
             if (count < M) return score_rows<M - 1>(tile, row, count, weights, out, stride);
         }
         Prefetcher prefetcher;
-        multiply_blocks<A, M>(memory_.query + row * memory_.query_stride, memory_.query_stride, memory_.keys, kTileKeys,
-                              memory_.key_steps, memory_.scores, kTileKeys, nullptr, tile.num_blocks, prefetcher);
-        for (int m = 0; m < M; ++m) {
+        multiply_blocks<A, M>(memory_.query_of(row), memory_.query_stride, memory_.keys, kTileKeys, memory_.key_steps,
+                              memory_.scores, kTileKeys, nullptr, tile.num_blocks, prefetcher);
+        add_scores(tile, row, M, weights, out, stride);
+    }
+
+    // The scores of these rows join their tokens' sums.
+    void add_scores(const Tile& tile, int64_t row, int64_t count, const float* weights, float* out, int64_t stride) {
+        for (int64_t m = 0; m < count; ++m) {
             const int64_t token = item_.first_token + (row + m) / memory_.shared, head = (row + m) % memory_.shared;
             const Floats weight = broadcast(weights[token * args_.heads + head]);
             float* sums = out + token * stride;

@@ -36,7 +36,7 @@ inline void merge_row(const ItemMemory& memory, int64_t row, float maximum, floa
 inline void merge_range(const ItemMemory& memory) {
     for (int64_t row = 0; row < memory.rows; ++row) {
         merge_row(memory, row, memory.range_maximum[row], sum_lanes(memory.range_total + row * kLanes),
-                  memory.range_output + row * memory.value_dim);
+                  memory.output_of(row));
     }
 }
 
@@ -45,8 +45,10 @@ inline void store_partial(const ItemMemory& memory) {
     float* partial = memory.item.partial;
     const int64_t rows = memory.rows;
     std::copy_n(memory.range_maximum, rows, partial);
-    for (int64_t row = 0; row < rows; ++row) partial[rows + row] = sum_lanes(memory.range_total + row * kLanes);
-    std::copy_n(memory.range_output, rows * memory.value_dim, partial + 2 * rows);
+    for (int64_t row = 0; row < rows; ++row) {
+        partial[rows + row] = sum_lanes(memory.range_total + row * kLanes);
+        std::copy_n(memory.output_of(row), memory.value_dim, partial + 2 * rows + row * memory.value_dim);
+    }
 }
 
 // One of these joins the others.

@@ -8,6 +8,7 @@
 
 #include "attention/attention.h"
 #include "isa/isa.h"
+#include "product/tile.h"
 #include "runtime/prefetcher.h"
 
 // For functions whose arrays must end up in registers.
@@ -29,12 +30,14 @@ constexpr float kLog2E = 1.44269504088896341f;
 
 inline int64_t round_up(int64_t value, int64_t unit) { return (value + unit - 1) / unit * unit; }
 
-// What one 32-bit lane holds.
+// What one 32-bit lane holds. kUsesUnit: products run on the matrix unit, whose sums differ from those of
+// `multiply_add` in their last bits, and therefore with any number of rows.
 struct PairArithmetic {
     using Element = Bfloat16;
     using Line = Pairs;
     using Word = Operand4;
     static constexpr int kElements = 2;
+    static constexpr bool kUsesUnit = MatrixUnit<>::kExists;
     static Line load(const float* p) { return load_pairs(reinterpret_cast<const uint8_t*>(p)); }
     static Word word(const float* p) { return broadcast4(p); }
     static Floats multiply_add(Floats sum, const Line& line, const Word& word) { return dot_pairs(sum, line, word); }
@@ -45,6 +48,7 @@ struct FloatArithmetic {
     using Line = Floats;
     using Word = Floats;
     static constexpr int kElements = 1;
+    static constexpr bool kUsesUnit = false;
     static Line load(const float* p) { return load_floats(p); }
     static Word word(const float* p) { return broadcast_float(p); }
     static Floats multiply_add(Floats sum, const Line& line, const Word& word) { return fused(line, word, sum); }

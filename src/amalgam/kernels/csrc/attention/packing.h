@@ -2,6 +2,9 @@
 //
 //     keys    [steps][4 blocks][16 keys]       a step is 2 or 1 dimensions
 //     values  [steps][blocks][16 dimensions]   a step is 2 or 1 keys
+//
+// Sixteen steps of a block are a tile of the matrix unit as they lie; what is left of the last ones is zeros. With few
+// rows the unit waits for what is packed here, so that the next tile is fetched in smaller pieces meanwhile.
 #pragma once
 
 #include <algorithm>
@@ -71,8 +74,9 @@ inline void pack_keys(const ItemMemory& memory, const Tile& tile, int64_t head, 
                                                                    : static_cast<const void*>(copied[i]));
             }
             transpose(from, memory.keys + dim / A::kElements * kTileKeys + block * kLanes, kTileKeys);
+            if (A::kUsesUnit) prefetcher.stop();
         }
-        prefetcher.stop();
+        if (!A::kUsesUnit) prefetcher.stop();
     }
 }
 
@@ -105,8 +109,10 @@ inline void pack_values(const ItemMemory& memory, const Tile& tile, int64_t head
             copy_row(first, dims, line, padded);
         }
         line += padded;
-        if (key % kLanes == 0) prefetcher.stop();
+        if (A::kUsesUnit || key % kLanes == 0) prefetcher.stop();
     }
+    // A step of the unit takes two blocks.
+    if (A::kUsesUnit && tile.num_blocks % 2 != 0) std::fill_n(line, kLanes / A::kElements * padded, 0.0f);
 }
 
 }  // namespace

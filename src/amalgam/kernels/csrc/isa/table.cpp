@@ -23,20 +23,19 @@ namespace {
 
 }  // namespace
 
-// isas.inc, which CMakeLists.txt makes: ISA(name, the one whose attention and gated delta net it has, what it needs),
-// slowest first.
-#define ISA(name, shared, is_supported)                \
-    extern const Kernels kKernels_##name;              \
-    extern const AttentionKernels kAttention_##shared; \
-    extern const GatedKernels kGated_##shared;
+// isas.inc, which CMakeLists.txt makes: ISA(name, the one whose gated delta net it has, what it needs), slowest first.
+#define ISA(name, gated, is_supported)               \
+    extern const Kernels kKernels_##name;            \
+    extern const AttentionKernels kAttention_##name; \
+    extern const GatedKernels kGated_##gated;
 #include "isas.inc"
 #undef ISA
 
 const std::vector<InstructionSet>& instruction_sets() {
     static const std::vector<InstructionSet> supported = [] {
         std::vector<InstructionSet> sets;
-#define ISA(name, shared, is_supported) \
-    if (is_supported) sets.push_back({&kKernels_##name, &kAttention_##shared, &kGated_##shared});
+#define ISA(name, gated, is_supported) \
+    if (is_supported) sets.push_back({&kKernels_##name, &kAttention_##name, &kGated_##gated});
 #define HAS(feature) __builtin_cpu_supports(#feature)
 #include "isas.inc"
 #undef HAS

@@ -1,17 +1,7 @@
-// Products on a matrix unit (MatrixUnit in tile.h): up to two tiles of rows times two panels at once.
+// Products on a matrix unit: up to two tiles of rows of activations times two panels at once (unit_tiles.h).
 //
-//                  lines 16 × 64 bytes, of two panels
-//                      ┌───────┬───────┐
-//                      │ 6     │ 7     │
-//     rows of          └───────┴───────┘
-//     activations  ┌───┬───────┬───────┐
-//     up to 16     │ 4 │ 0     │ 1     │   sums, int32 or float32: [rows][16]
-//     × 64 bytes,  ├───┼───────┼───────┤
-//     twice        │ 5 │ 2     │ 3     │
-//                  └───┴───────┴───────┘
-//
-// A step is one such product: 64 int8 or 32 bfloat16 inputs. Sixteen lines of a bf16 panel are a tile as they lie,
-// those of an int8 panel too, as unsigned bytes; other formats are expanded, a piece at a time for all rows.
+// Sixteen lines of a bf16 panel are a tile as they lie, those of an int8 panel too, as unsigned bytes; other formats
+// are expanded, a piece at a time for all rows.
 //
 // Order of accumulation of every output element. int8: that of tiles.h, and so the same bits; few rows stay with the
 // vector loops. bfloat16, for any number of rows: the steps' sums one after the other, from zero; a scale for the whole
@@ -21,17 +11,16 @@
 #include <algorithm>
 #include <cstring>
 #include <optional>
-#include <type_traits>
 #include <vector>
 
 #include "product/format_kernels.h"
 #include "product/sums.h"
+#include "product/unit_tiles.h"
 
 namespace amalgam {
 namespace {
 
 constexpr int64_t kStepBytes = kPanelRows * kLineBytes;  // of a panel
-constexpr int kUnitRows = 16;                            // of a tile
 constexpr int64_t kMaxPieceSteps = 8;        // whose lines, of two panels, are in the first-level cache together
 constexpr int64_t kFewRowsAhead = 8 * 1024;  // bytes of a panel that are prefetched where nothing else takes time
 
@@ -84,11 +73,7 @@ struct UnitRows {
     int64_t place[kMaxRows];  // of a row in both
 
     UnitRows(const Steps& steps, const Activations& x, int64_t first_row, int64_t count)
-        : rows(count),
-          num_tiles((count + kUnitRows - 1) / kUnitRows),
-          height((count + num_tiles - 1) / num_tiles),
-          scale(x.scale),
-          sum(x.sum) {
+        : rows(count), num_tiles(RowTiles(count).count), height(RowTiles(count).height), scale(x.scale), sum(x.sum) {
         const int64_t bytes = operand_bytes(x.kind);
         const auto row_of = [&](int64_t m) { return x.index != nullptr ? x.index[first_row + m] : first_row + m; };
         const auto row_at = [&](int64_t m) {
@@ -133,10 +118,6 @@ struct ByteLines {
             F::expand_bytes(line, out);
         }
     }
-    template <class Unit, int kSum, int kRows, int kLines>
-    static void dot() {
-        Unit::template dot_int8<kSum, kRows, kLines>();
-    }
     // y [rows, 16] += sums, as int8_tile does.
     static void join(const Run& run, const Floats& scale, int64_t chunk, const UnitRows& x, int64_t first_row,
                      int64_t rows, const int32_t (*sums)[kPanelRows], float (*y)[kPanelRows]) {
@@ -169,10 +150,6 @@ struct PairLines {
             std::memcpy(out, w.panel(panel) + first * Bf16::kBytesPerInput,
                         static_cast<size_t>((end - first) * Bf16::kBytesPerInput));
         }
-    }
-    template <class Unit, int kSum, int kRows, int kLines>
-    static void dot() {
-        Unit::template dot_bfloat16<kSum, kRows, kLines>();
     }
     static void join(const Run&, const Floats& scale, int64_t, const UnitRows&, int64_t, int64_t rows,
                      const int32_t (*sums)[kPanelRows], float (*y)[kPanelRows]) {
@@ -223,42 +200,26 @@ void multiply_tiles(const Steps& steps, const UnitRows& x, int64_t first_row, Pi
     a[1] = a[0] + x.height * x.stride;
     const uint8_t* b[2] = {piece.lines[0], piece.lines[1]};
     const auto step = [&] {
-        Unit::template load<4>(a[0], x.stride);
-        Unit::template load<6>(b[0], kLineBytes);
-        Lines::template dot<Unit, 0, 4, 6>();
-        if constexpr (kPanels > 1) {
-            Unit::template load<7>(b[1], kLineBytes);
-            Lines::template dot<Unit, 1, 4, 7>();
-        }
-        if constexpr (kTiles > 1) {
-            Unit::template load<5>(a[1], x.stride);
-            Lines::template dot<Unit, 2, 5, 6>();
-            if constexpr (kPanels > 1) Lines::template dot<Unit, 3, 5, 7>();
-        }
+        multiply_step<Unit, Lines::kOperand, kTiles, kPanels>(a, x.stride, b, kLineBytes);
         for (int i = 0; i < kPanels; ++i) piece.ahead[i].at_step();
         for (const uint8_t*& tile : a) tile += kLineBytes;
         for (const uint8_t*& tile : b) tile += kStepBytes;
     };
-    // With each tile of sums and where it belongs.
-    const auto each_sum = [&](auto&& function) {
-        function(std::integral_constant<int, 0>{}, 0, 0);
-        if constexpr (kPanels > 1) function(std::integral_constant<int, 1>{}, 0, 1);
-        if constexpr (kTiles > 1) function(std::integral_constant<int, 2>{}, 1, 0);
-        if constexpr (kTiles > 1 && kPanels > 1) function(std::integral_constant<int, 3>{}, 1, 1);
-    };
     if (!joins_chunks) {
         const auto rows_of = [&](int tile, int panel) { return sums[panel].row[first_row + tile * x.height]; };
-        each_sum([&](auto sum, int tile, int panel) { Unit::template load<sum()>(rows_of(tile, panel), kLineBytes); });
+        each_sum<kTiles, kPanels>(
+            [&](auto sum, int tile, int panel) { Unit::template load<sum()>(rows_of(tile, panel), kLineBytes); });
         for (int64_t i = steps.first_step(piece.first); i < steps.first_step(piece.end); ++i) step();
-        each_sum([&](auto sum, int tile, int panel) { Unit::template store<sum()>(rows_of(tile, panel), kLineBytes); });
+        each_sum<kTiles, kPanels>(
+            [&](auto sum, int tile, int panel) { Unit::template store<sum()>(rows_of(tile, panel), kLineBytes); });
         return;
     }
     alignas(kLineBytes) int32_t found[4][kUnitRows][kPanelRows];
     for (int64_t chunk = piece.first; chunk < piece.end; ++chunk) {
-        each_sum([&](auto sum, int, int) { Unit::template zero<sum()>(); });
+        each_sum<kTiles, kPanels>([&](auto sum, int, int) { Unit::template zero<sum()>(); });
         for (int64_t i = steps.first_step(chunk); i < steps.first_step(chunk + 1); ++i) step();
-        each_sum([&](auto sum, int, int) { Unit::template store<sum()>(found[sum()], kLineBytes); });
-        each_sum([&](auto sum, int tile, int panel) {
+        each_sum<kTiles, kPanels>([&](auto sum, int, int) { Unit::template store<sum()>(found[sum()], kLineBytes); });
+        each_sum<kTiles, kPanels>([&](auto sum, int tile, int panel) {
             const int64_t row = first_row + tile * x.height;
             Lines::join(piece.run[panel], load_floats(piece.scale[panel][chunk - piece.first]), chunk, x, row,
                         std::min(x.height, x.rows - row), found[sum()], sums[panel].row + row);
@@ -409,21 +370,22 @@ class UnitBlock<Unit, true> {
     std::optional<UnitRows> rows_;
 };
 
+template <class Unit, Operand kOperand>
+void add_products() {
+    add_product<Unit, kOperand, 0, 4, 6>();
+    add_product<Unit, kOperand, 1, 4, 7>();
+    add_product<Unit, kOperand, 2, 5, 6>();
+    add_product<Unit, kOperand, 3, 5, 7>();
+}
+
 template <class Unit>
 void run_unit_rounds(Operand operand, int64_t rounds) {
     Unit::configure(kUnitRows);
     for (int64_t i = 0; i < rounds; ++i) {
-        const auto each = [&](auto lines) {
-            using L = decltype(lines);
-            L::template dot<Unit, 0, 4, 6>();
-            L::template dot<Unit, 1, 4, 7>();
-            L::template dot<Unit, 2, 5, 6>();
-            L::template dot<Unit, 3, 5, 7>();
-        };
         if (operand == Operand::kInt8) {
-            each(ByteLines<Int8>{});
+            add_products<Unit, Operand::kInt8>();
         } else {
-            each(PairLines{});
+            add_products<Unit, Operand::kBfloat16>();
         }
     }
     Unit::release();
