@@ -81,7 +81,7 @@ def test_what_is_left_in_memory_is_not_multiplied() -> None:
     for case in cases():
         layer = make(case)
         expected = layer.run()
-        spoiled = make(replace(case, sequences=((40, 256),), codes=None))
+        spoiled = make(replace(case, sequences=((40, 64),), codes=None))  # a whole tile of keys
         for part in (spoiled.query, spoiled.keys, spoiled.values):
             part.fill_(torch.nan)
         assert spoiled.run().isnan().all()

@@ -136,7 +136,7 @@ def by_the_manual(x: Tensor, weight: Tensor) -> Tensor:
     total = np.zeros((len(a), len(b)))
     for step in range(0, a.shape[1], 32):
         sums = [np.zeros_like(total), np.zeros_like(total)]
-        for i in range(step, step + 32):
+        for i in range(step, min(step + 32, a.shape[1])):
             sums[i % 2] = rounded(sums[i % 2] + np.outer(a[:, i], b[:, i]))
         total = rounded(total + rounded(sums[0] + sums[1]))
     return torch.from_numpy(total.astype(np.float32))
