@@ -18,7 +18,7 @@ from tests.kernels.test_matrix_unit import by_the_manual
 
 pytestmark = pytest.mark.skipif(not extension.is_available(), reason=str(extension.why_unavailable()))
 
-# Dimensions that no step of 32 divides, rows of a KV head that no tile of 16 divides (21 and 35 of 7 heads, 33), odd
+# Dimensions that no step of 32 divides, rows of a KV head that 16 does not divide (21, 35 and 63 of 7 heads, 33), odd
 # numbers of blocks of keys, latent vectors.
 CASES = (
     Case(((3, 40), (1, 7), (20, 20)), 21, 3, 40, 72),
