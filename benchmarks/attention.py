@@ -52,8 +52,7 @@ def make_batch(lengths: list[int], contexts: list[int], generator: torch.Generat
 
 
 def take_turns(contestants: list[Callable[[int], object]], apart: int, repeats: int) -> list[list[float]]:
-    """Seconds of each contestant's calls; they are called one after the other, each with a number that grows by one
-    and is so much above that of the one before."""
+    """Seconds of each contestant's calls, in turns. Contestant i gets the number turn + i * apart."""
     times: list[list[float]] = [[] for _ in contestants]
     for turn in range(-2, repeats):
         for place, (contestant, seconds) in enumerate(zip(contestants, times, strict=True)):

@@ -2,7 +2,7 @@
 
 Whole models first; then (`experts-…`) the block of experts alone, as kt-kernel has no whole model on a CPU.
 
-    python benchmarks/compare.py FOLDER                      everything; FOLDER keeps environments and models (60 GB)
+    python benchmarks/compare.py FOLDER                      everything; FOLDER keeps environments and models (70 GB)
     python benchmarks/compare.py FOLDER --only int4 int8     some rows of the table
     python benchmarks/compare.py FOLDER --only Q4_K_M Q6_K   the same GGUF file in llama.cpp and here, by its type
     python benchmarks/compare.py FOLDER --only S-mix qwen3.5-mix    int4 with fp8 experts, shape S and layers of

@@ -122,6 +122,7 @@ class Child:
         environment = os.environ | {"OMP_NUM_THREADS": "2", "PYTHONUNBUFFERED": "1"} | dict(variables or {})
         environment.pop("PYTHONPATH", None)
         self._log = log
+        self._is_closed = False
         with log.open("w") as errors:
             self.process = subprocess.Popen(
                 [str(part) for part in command],
@@ -166,6 +167,9 @@ class Child:
         self._signal(signal.SIGCONT)
 
     def close(self) -> None:
+        if self._is_closed:
+            return
+        self._is_closed = True
         self._watcher.kill()  # first: afterwards another process may have the number
         self._watcher.wait()
         with suppress(ProcessLookupError):
@@ -209,7 +213,10 @@ class Contestant(Child):
                 reply = self._reply()
             if not reply:
                 raise self._failed(reply, f"at {scenario} {size}")
-            return float(reply)
+            try:
+                return float(reply)
+            except ValueError:
+                raise self._failed(reply, f"at {scenario} {size}") from None
         finally:
             self.pause()
 
@@ -239,6 +246,10 @@ def reason(reply: str, status: int | None, log: str, when: str) -> str:
         return next(iter(_WORKERS_ERROR.findall(log)), said)
     if status is not None and status < 0:
         return f"died of {signal.Signals(-status).name} {when}"
+    if reply:
+        return f"says {reply!r} {when}"
+    if status is None:
+        return f"does not answer {when}"
     last = next((line.strip() for line in reversed(log.splitlines()) if line.strip()), "its log is empty")
     return f"ended {when}: {last}"
 

@@ -131,7 +131,7 @@ def _install_kt_kernel(python: Path) -> None:
     _install_without(python, "kt-kernel==0.7.2", "torch|triton")
     command = [str(python), "-c", "import kt_kernel; print(kt_kernel.__cpu_variant__)"]
     tried = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=False)
-    if tried.returncode == 0:
+    if tried.returncode == 0 and tried.stdout.strip():
         (python.parent.parent / REMARK).write_text(tried.stdout.split()[-1])
 
 

@@ -105,9 +105,14 @@ def _has_amx(cpuinfo: Path) -> bool:
 
 
 def _try_package(environment: Path, model: Path) -> int | None:
+    """0 if it answers; None if it says that it cannot."""
     command = [environment / "bin/python", CONTESTANTS / "with_llama_cpp.py", model]
-    tried = subprocess.run([str(part) for part in command], input=f"prompt {PROMPT}\n", text=True, stdout=sys.stderr)
-    return tried.returncode
+    variables = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    tried = subprocess.run(
+        [str(part) for part in command], input=f"prompt {PROMPT}\n", text=True, stdout=subprocess.PIPE, env=variables
+    )
+    has_answered = len(tried.stdout.split()) == 2  # that it is ready, and seconds
+    return 0 if has_answered else tried.returncode or None
 
 
 def _try_server(environment: Path, model: Path) -> int | None:

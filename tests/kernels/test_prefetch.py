@@ -1,4 +1,4 @@
-"""Software prefetch stands in the compiled code, also where only a call of a function that prefetches does."""
+"""A function that does nothing but prefetch is not dropped by the compiler."""
 
 from __future__ import annotations
 
@@ -35,4 +35,4 @@ def test_a_function_that_only_prefetches_is_called() -> None:
     flags = ("-std=c++17", "-O3", f"-I{CSRC}", "-x", "c++", "-S", "-o", "-", "-")
     built = subprocess.run([COMPILER, *flags], input=SOURCE, capture_output=True, text=True, check=True)
     assert re.findall(r"\bprefetch\w+", built.stdout) == ["prefetcht0", "prefetcht1"]
-    assert re.search(r"\bcall\b", built.stdout)
+    assert re.search(r"\bcallq?\b", built.stdout)

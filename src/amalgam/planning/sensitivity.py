@@ -38,9 +38,9 @@ VERSION = 2  # of what a file holds; others are measured again
 DRAWS = 2
 STUDY = "study.json"  # what a folder is about
 _HEAD_ROWS = 256
-# Small operations of PyTorch: what is left of a profile of the demo model, whose products take little, by their time.
-_CALLS_PER_OPTION = 360  # reading and restoring it
-_CALLS_PER_WEIGHT = 170  # and sequence, forward, back and for all options together
+# Small operations of PyTorch, for the default number of draws: the demo model's time outside of products, by a profile.
+_CALLS_PER_OPTION = 360  # to read and restore it
+_CALLS_PER_WEIGHT = 170  # and sequence: forward, back, and the errors of its options
 _FORWARD_AND_BACK = 2  # forward passes over all tokens, beside one for each draw and one for each option
 
 
@@ -152,7 +152,7 @@ class SensitivityStudy:
         return layers_of(self._problem)
 
     def cost(self) -> Cost:
-        """Reads nothing; multiplies two matrices to see how fast that is."""
+        """Reads nothing; times a large product and some small operations."""
         tokens, spec = self._sample.num_tokens, self._loader.spec
         missing = [layer for layer in self.layers if self._read(layer) is None]
         items = [item for item in self._problem.items if layer_of(item) in missing]
@@ -184,7 +184,7 @@ class SensitivityStudy:
             read,
             hidden,
             passes + options,
-            2 * (passes + options) / _speed() + calls * _call_seconds(),  # half of the time goes elsewhere
+            2 * (passes + options) / _speed() + calls * _call_seconds(),  # half of that speed is reached
             len(self.layers) - len(missing),
             len(self.layers),
         )

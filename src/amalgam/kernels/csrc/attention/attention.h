@@ -3,8 +3,8 @@
 // Order of arithmetic. A row is one query head of one token. Its keys are cut at absolute positions into ranges of
 // kRangeKeys and those into tiles of kTileKeys. Within a range an online softmax (Milakov and Gimelshein 2018,
 // arXiv:1805.02867) goes over the tiles, starting empty; ranges are merged in order. All cuts depend on positions only,
-// and a tile that a row does not see changes nothing, so that a row's bits depend neither on the rows computed
-// with it nor on how the work was shared out.
+// and a tile that a row does not see changes nothing as long as its values are finite, so that a row's bits depend
+// neither on the rows computed with it nor on how the work was shared out.
 #pragma once
 
 #include <algorithm>

@@ -2,7 +2,8 @@
 //
 // Both products are one microkernel, rows of 32-bit operands times lines of 16 lanes. An operand and a lane hold two
 // bfloat16 where query, keys and values are bfloat16 (then the softmax weights are rounded to bfloat16, and their total
-// is that of the rounded ones), and one float otherwise. On a matrix unit those of pairs are unit.h's.
+// is that of the rounded ones), and one float otherwise. Products of pairs on a matrix unit
+// are in unit.h.
 //
 // Codes are multiplied as they are: the scale of a key multiplies its score, and that of a value the weight that it is
 // multiplied with.

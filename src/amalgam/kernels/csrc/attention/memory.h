@@ -15,7 +15,7 @@ namespace {
 // multiplied as; `elements` of them fill 32 bits.
 //
 // The matrix unit reads and writes whole tiles of rows, of which the last may reach beyond those of a KV head: queries
-// and results have places for them, which nobody else reads.
+// and results have room for those too, whose contents mean nothing.
 struct ItemMemory {
     const AttentionArgs& args;
     const AttentionItem& item;
@@ -23,8 +23,8 @@ struct ItemMemory {
     int64_t head_rows;  // of one KV head
     int64_t rows;
     int64_t unit_rows;     // of a tile of the matrix unit, where it is used
-    int64_t rows_at_once;  // whose scores and weights are there together
-    int64_t head_places;   // of the rows of one KV head, in `query` and `range_output`
+    int64_t rows_at_once;  // of one product: scores and weights have room for them
+    int64_t head_places;   // rows of a KV head and what fills up its last tile, in `query` and `range_output`
     int64_t key_steps;     // words of a query
     int64_t query_stride;  // floats from query to query
     int64_t value_dim;     // padded

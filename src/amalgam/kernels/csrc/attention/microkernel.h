@@ -30,8 +30,8 @@ constexpr float kLog2E = 1.44269504088896341f;
 
 inline int64_t round_up(int64_t value, int64_t unit) { return (value + unit - 1) / unit * unit; }
 
-// What one 32-bit lane holds. kUsesUnit: products run on the matrix unit, whose sums differ from those of
-// `multiply_add` in their last bits, and therefore with any number of rows.
+// What one 32-bit lane holds. kUsesUnit: all products run on the matrix unit, however few the rows are. Its sums differ
+// from those of `multiply_add` in the last bits, and a row's bits must not depend on its neighbours.
 struct PairArithmetic {
     using Element = Bfloat16;
     using Line = Pairs;

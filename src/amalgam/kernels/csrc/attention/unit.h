@@ -5,8 +5,8 @@
 // lines that fill up the last step are zeros.
 //
 // Order of accumulation of every result, for any number of rows: the steps' sums one after the other, from zero or from
-// what the result was. A key that a row does not see has a weight of zero, whose products change no sum: neither do
-// steps that only other rows need.
+// what the result was. A key that a row does not see has a weight of zero, whose products with finite values change no
+// sum: neither do steps that only other rows need.
 #pragma once
 
 #include <cstdint>
@@ -17,7 +17,7 @@
 namespace amalgam {
 namespace {
 
-// While it lives, this thread's unit has tiles of so many rows. Others use the unit too: it is given back with an item.
+// Sets this thread's unit up for tiles of so many rows, and releases it at the end: products set it up otherwise.
 template <bool kIsUsed, class Unit = MatrixUnit<>>
 class TakenUnit {
  public:
