@@ -15,6 +15,7 @@ from torch import Tensor
 
 HIDDEN, WIDTH, NUM_EXPERTS, NUM_ACTIVE, NUM_LAYERS = 2048, 768, 64, 8, 8
 FEW_ROWS, MOST_ROWS = 2, 512
+BLOCK = 128  # rows and columns of fp8 that share a scale
 MOST_ERROR = 0.4  # of the outputs' size
 
 # x [rows, hidden] bfloat16, experts' ids [rows, active] int64, their weights float32 → [rows, hidden] bfloat16
@@ -31,6 +32,15 @@ def route(rows: int, generator: torch.Generator | None = None) -> tuple[Tensor, 
     """Experts' ids [rows, active] and their weights, at random."""
     ids = torch.stack([torch.randperm(NUM_EXPERTS, generator=generator)[:NUM_ACTIVE] for _ in range(rows)])
     return ids, torch.rand(rows, NUM_ACTIVE, generator=generator)
+
+
+def fp8_by_block(values: Tensor) -> tuple[Tensor, Tensor]:
+    """[experts, rows, columns] → E4M3 codes, float32 scales [experts, rows / BLOCK, columns / BLOCK]."""
+    experts, rows, columns = values.shape
+    blocks = values.float().view(experts, rows // BLOCK, BLOCK, columns // BLOCK, BLOCK)
+    scale = blocks.abs().amax((2, 4), keepdim=True) / torch.finfo(torch.float8_e4m3fn).max
+    codes = (blocks / scale).to(torch.float8_e4m3fn).view(values.shape)
+    return codes, scale.view(experts, rows // BLOCK, columns // BLOCK)
 
 
 def load(make: Callable[[Experts], Layer]) -> Callable[[str, int], float]:

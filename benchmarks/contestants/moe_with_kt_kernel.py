@@ -10,7 +10,19 @@ from __future__ import annotations
 import sys
 
 import torch
-from moe_block import HIDDEN, MOST_ROWS, NUM_ACTIVE, NUM_EXPERTS, WIDTH, Experts, Layer, load, num_threads
+from moe_block import (
+    BLOCK,
+    HIDDEN,
+    MOST_ROWS,
+    NUM_ACTIVE,
+    NUM_EXPERTS,
+    WIDTH,
+    Experts,
+    Layer,
+    fp8_by_block,
+    load,
+    num_threads,
+)
 from protocol import Measure, answer
 from torch import Tensor
 
@@ -21,7 +33,6 @@ CLASSES = {
     "fp8": ("AMXFP8_MOE", "AVX2FP8_MOE"),
     "bf16": ("AMXBF16_MOE", "AVX2BF16_MOE"),
 }
-BLOCK = 128  # rows and columns of fp8 that share a scale
 
 
 def load_with(name: str) -> Measure:
@@ -39,7 +50,7 @@ def load_with(name: str) -> Measure:
     def make(experts: Experts) -> Layer:
         if not given:
             for part, values in zip(("gate", "up", "down"), experts, strict=True):
-                given.update(fp8_by_block(part, values) if name == "fp8" else {f"{part}_proj": values})
+                given.update(fp8_settings(part, values) if name == "fp8" else {f"{part}_proj": values})
         config = native.moe.MOEConfig(NUM_EXPERTS, NUM_ACTIVE, HIDDEN, WIDTH, 0)
         config.max_len, config.pool = MOST_ROWS, infer.backend_
         if name == "fp8":
@@ -62,12 +73,9 @@ def load_with(name: str) -> Measure:
     return load(make)
 
 
-def fp8_by_block(part: str, values: Tensor) -> dict[str, Tensor]:
-    experts, rows, columns = values.shape
-    blocks = values.float().view(experts, rows // BLOCK, BLOCK, columns // BLOCK, BLOCK)
-    scale = blocks.abs().amax((2, 4), keepdim=True) / torch.finfo(torch.float8_e4m3fn).max
-    codes = (blocks / scale).to(torch.float8_e4m3fn).view(values.shape)
-    return {f"{part}_proj": codes, f"{part}_scale": scale.view(experts, rows // BLOCK, columns // BLOCK)}
+def fp8_settings(part: str, values: Tensor) -> dict[str, Tensor]:
+    codes, scale = fp8_by_block(values)
+    return {f"{part}_proj": codes, f"{part}_scale": scale}
 
 
 answer(lambda: load_with(sys.argv[1]))

@@ -11,11 +11,11 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from moe_block import Experts, Layer, load
+from moe_block import BLOCK, Experts, Layer, fp8_by_block, load
 from protocol import Measure, answer
 from torch import Tensor
 
-GROUP = 128  # inputs of int4 that share a scale; rows and columns of fp8
+GROUP = 128  # inputs of int4 that share a scale
 
 
 def grouped_int4(values: Tensor) -> tuple[Tensor, Tensor]:
@@ -35,14 +35,6 @@ def int8_by_row(values: Tensor) -> tuple[Tensor, Tensor]:
     return (wide / scale).round().to(torch.int8), scale
 
 
-def fp8_by_block(values: Tensor) -> tuple[Tensor, Tensor]:
-    experts, rows, columns = values.shape
-    blocks = values.float().view(experts, rows // GROUP, GROUP, columns // GROUP, GROUP)
-    scale = blocks.abs().amax((2, 4), keepdim=True) / torch.finfo(torch.float8_e4m3fn).max
-    codes = (blocks / scale).to(torch.float8_e4m3fn).view(values.shape)
-    return codes, scale.view(experts, rows // GROUP, columns // GROUP)
-
-
 def quantized(
     vllm: Any, name: str, encode: Callable[[Tensor], tuple[Tensor, Tensor]], pack: Callable[..., tuple[Any, ...]]
 ) -> Callable[[Experts], Layer]:
@@ -59,7 +51,7 @@ def quantized(
     }[name]
     if not experts_class._supports_current_device():
         raise NotImplementedError(f"vLLM's {experts_class.__name__} does not support this processor")
-    block = [GROUP, GROUP] if name == "fp8" else None
+    block = [BLOCK, BLOCK] if name == "fp8" else None
     encoded: list[tuple[Tensor, Tensor]] = []  # the same for all layers
 
     def make(experts: Experts) -> Layer:
