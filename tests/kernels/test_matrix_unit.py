@@ -69,7 +69,7 @@ def test_any_number_of_rows_of_every_layout(
 
 @pytest.mark.parametrize("shape", SHAPES)
 def test_integers_have_the_bits_of_the_vector_loops(unit: _native.MatrixUnit, shape: tuple[int, int]) -> None:
-    weights = {name: weight for name, weight in packed(shape).items() if name.startswith("int")}
+    weights = packed(shape)
     for rows in (*range(1, 19), 150):
         x = activations(rows, shape[1])
         unit.int8_rows = 1

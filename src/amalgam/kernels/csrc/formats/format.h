@@ -26,8 +26,7 @@ constexpr int64_t kAnyRows = std::numeric_limits<int64_t>::max();
 //     decode(code, zero)   the value of a code, unscaled
 //
 // and, where kDirectRows is not 0, for int8 operands kDotsPerLine, first_sum and add_line, for bfloat16 operands
-// kLinesPerStep, kPartsPerStep and Loader (tiles.h). A format for int8 operands that matrix units multiply also has
-// kByteLines, expand_bytes and byte_sum (unit.h).
+// kLinesPerStep, kPartsPerStep and Loader (tiles.h).
 template <class F, int kBitsPerInput>
 struct LineFormat {
     static constexpr int kBits = kBitsPerInput;
@@ -45,7 +44,6 @@ struct LineFormat {
     static constexpr float kScaleFactor = 1.0f;      // what loaded or expanded pairs lack; their scale makes up for it
     static constexpr int64_t kDirectRows = 0;        // most rows that multiply the lines as they are, unexpanded
     static constexpr bool kHasRest = false;          // whether lines leave something out, which add_rest adds
-    static constexpr int kByteLines = 0;             // lines of unsigned bytes that a line becomes; 0: there are none
     using Quads = void;                              // how four codes of all rows are read at a time (quads.h)
 
     // --- Packing ---

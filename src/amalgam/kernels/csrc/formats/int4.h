@@ -14,7 +14,7 @@ struct Int4 : LineFormat<Int4, 4> {
     static constexpr bool kHasScale = true, kTakesZero = true, kTakesOffset = true, kTakesOrder = true;
     static constexpr int kZero = 8;
     static constexpr int64_t kDirectRows = kAnyRows;
-    static constexpr int kDotsPerLine = 2, kByteLines = 2;
+    static constexpr int kDotsPerLine = 2;
 
     // Lines of codes, where partial sums of 16 bits take fewer instructions than chains of 32; with one row latency
     // matters more.
@@ -44,16 +44,6 @@ struct Int4 : LineFormat<Int4, 4> {
     static Ints first_sum(const Run& run, int64_t group, int32_t negative_sum) {
         return run.zero != nullptr ? zero_times(run.zero + group * kPanelRows, negative_sum)
                                    : broadcast_int(negative_sum * 8);
-    }
-
-    static void expand_bytes(const uint8_t* line, uint8_t* out) {
-        Bytes low, high;
-        load_nibbles(line, low, high);
-        store_bytes(out, low);
-        store_bytes(out + kLineBytes, high);
-    }
-    static Ints byte_sum(const Run& run, int64_t group, int32_t negative_sum) {
-        return first_sum(run, group, negative_sum);
     }
 
     // One line, added to the sums from `chain` on.

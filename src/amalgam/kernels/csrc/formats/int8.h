@@ -14,7 +14,7 @@ struct Int8 : LineFormat<Int8, 8> {
     static constexpr bool kHasScale = true, kTakesOffset = true;
     static constexpr int kZero = 128;
     static constexpr int64_t kDirectRows = kAnyRows;
-    static constexpr int kDotsPerLine = 1, kByteLines = 1;
+    static constexpr int kDotsPerLine = 1;
 
     struct Quads {
         static constexpr int kStep = 4, kLines = 1;
@@ -30,10 +30,6 @@ struct Int8 : LineFormat<Int8, 8> {
     static uint32_t encode(uint32_t word) { return word ^ 0x80808080; }
 
     static Ints first_sum(const Run&, int64_t, int32_t negative_sum) { return broadcast_int(negative_sum * kInt8Bias); }
-
-    static void expand_bytes(const uint8_t* line, uint8_t* out) { std::memcpy(out, line, kLineBytes); }
-    // What those bytes are too large by, times a chunk's activations.
-    static Ints byte_sum(const Run&, int64_t, int32_t negative_sum) { return broadcast_int(negative_sum * 128); }
 
     // One line, added to the sums of `chain`.
     template <int M, int kChains>

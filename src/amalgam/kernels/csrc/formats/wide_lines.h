@@ -1,5 +1,6 @@
-// What products with several panels at once (product/wide.h) read of a format: bytes, four inputs to a lane, and the
-// factors of each chunk. The bytes are unsigned codes; signed ones, less their zero point, where a format has parts.
+// What products with several panels at once (product/wide.h) and matrix units (product/unit.h) read of a format: bytes,
+// four inputs to a lane, and the factors of each chunk. The bytes are unsigned codes; signed ones, less their zero
+// point, where a format has parts, which units leave to the vectors.
 #pragma once
 
 #include <algorithm>
@@ -12,7 +13,12 @@ namespace amalgam {
 namespace {
 
 template <class F>
-constexpr bool kIsWidened = kWidePanels > 1 && F::kOperand == Operand::kInt8;
+constexpr bool kIsWidened =
+    F::kOperand == Operand::kInt8 && (kWidePanels > 1 || (MatrixUnit<>::kExists && F::kPart == 0));
+
+// What is subtracted from codes as unsigned bytes. Tables are signed where the instruction set likes them so.
+template <class F>
+constexpr int kByteZero = F::kIsTable ? 128 : F::kZero;
 
 // Codes as unsigned bytes, which is what lines of int8 are.
 template <class F>
@@ -26,7 +32,9 @@ const uint8_t* widen_lines(const Run& run, int64_t inputs, uint8_t* out) {
         uint8_t* to = out;
         for (int64_t at = 0; at < inputs; at += Lines::kStep, line += Lines::kLines * kLineBytes) {
             each<Lines::kQuads>([&](auto quad) {
-                store_bytes(to + quad() * kLineBytes, loader.template quad<decltype(quad)::value>(line));
+                auto codes = loader.template quad<decltype(quad)::value>(line);
+                if constexpr (F::kZero != kByteZero<F>) codes = subtract_bytes(codes, F::kZero - kByteZero<F>);
+                store_bytes(to + quad() * kLineBytes, codes);
             });
             to += Lines::kQuads * kLineBytes;
         }

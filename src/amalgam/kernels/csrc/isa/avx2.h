@@ -12,6 +12,7 @@ namespace {
 constexpr int kTileRows = 4;
 constexpr int kPairSums = 1;
 constexpr int kWidePanels = 1;
+constexpr int64_t kMinWideRows = 8, kMinWidePartsRows = 8;
 constexpr int kDirectCodedRows = 2;
 constexpr int32_t kInt8Bias = 0;
 constexpr int64_t kLargestPartial = 32767;

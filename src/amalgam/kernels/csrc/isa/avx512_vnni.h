@@ -6,6 +6,8 @@
 namespace amalgam {
 namespace {
 
+constexpr int64_t kMinWideRows = 9, kMinWidePartsRows = 16;
+
 inline Floats first_of_pairs(__m512i pairs) { return _mm512_castsi512_ps(_mm512_slli_epi32(pairs, 16)); }
 inline Floats second_of_pairs(__m512i pairs) {
     return _mm512_castsi512_ps(_mm512_and_si512(pairs, _mm512_set1_epi32(static_cast<int>(0xffff0000))));

@@ -16,6 +16,8 @@ constexpr int kPairSums = 1;  // accumulators of bfloat16 pairs, used in turn; 1
 // Panels that many rows of int8 are multiplied with at once (product/wide.h), which takes 32 registers; 1: only one.
 // With more, a header also has what avx512_lines.h has for it.
 constexpr int kWidePanels = 1;
+// From how many rows on that pays, also where parts of a chunk have scales of their own.
+constexpr int64_t kMinWideRows = 8, kMinWidePartsRows = 8;
 // Most rows for which coded lines are decoded in the tile function; with few registers, above that, they are expanded
 // first.
 constexpr int kDirectCodedRows = 0;
@@ -160,6 +162,11 @@ inline Table load_table(const int8_t* values) {
 inline Bytes look_up(const Table& table, const Bytes& index) {
     Bytes result;
     for (int i = 0; i < kLineBytes; ++i) result.byte[i] = table.value[index.byte[i] & 15];
+    return result;
+}
+inline Bytes subtract_bytes(const Bytes& v, int from_all) {
+    Bytes result;
+    for (int i = 0; i < kLineBytes; ++i) result.byte[i] = static_cast<int8_t>(v.byte[i] - from_all);
     return result;
 }
 

@@ -14,11 +14,12 @@ inline namespace AMALGAM_ISA {
 
 // Where a format puts the chunks of a run that products with several panels at once read (formats/wide_lines.h).
 struct WideLines {
-    uint8_t* bytes;                      // lines
-    float (*factors)[2][kPanelRows];     // of each chunk, as GroupFactors has them
-    int32_t (*first)[kPanelRows];        // of each chunk with parts: what is added to its sum
-    int32_t (*part_scales)[kPanelRows];  // of each part
-    int16_t (*minima)[2 * kPanelRows];   // of each two parts
+    uint8_t* bytes;                   // lines
+    float (*factors)[2][kPanelRows];  // of each chunk, as GroupFactors has them
+    // Of formats with parts:
+    int32_t (*first)[kPanelRows] = nullptr;        // of each chunk: what is added to its sum
+    int32_t (*part_scales)[kPanelRows] = nullptr;  // of each part
+    int16_t (*minima)[2 * kPanelRows] = nullptr;   // of each two parts
 };
 
 struct FormatKernels {

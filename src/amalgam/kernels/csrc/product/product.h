@@ -112,11 +112,18 @@ inline void add_bias(const Bias& bias, int64_t panel, int width, int64_t rows, S
     }
 }
 
+// All lanes. A loop that GCC unrolls, or whose lanes could lie where it writes, it does not vectorise.
+template <class Out>
+inline void write_lanes(const float* __restrict lanes, Out* __restrict out) {
+#pragma GCC unroll 1
+    for (int lane = 0; lane < kPanelRows; ++lane) narrow(lanes[lane], out + lane);
+}
+
 template <class Out>
 void write_panel(const Sums& sums, int64_t rows, int width, Out* out, int64_t stride) {
     for (int64_t row = 0; row < rows; ++row, out += stride) {
         if (width == kPanelRows) {
-            for (int lane = 0; lane < kPanelRows; ++lane) narrow(sums.row[row][lane], out + lane);
+            write_lanes(sums.row[row], out);
         } else {
             for (int lane = 0; lane < width; ++lane) narrow(sums.row[row][lane], out + lane);
         }

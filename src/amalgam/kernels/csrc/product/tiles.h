@@ -217,7 +217,7 @@ constexpr FormatKernels format_kernels() {
     constexpr int kRows = kOwnTileRows<F> > 0 ? kOwnTileRows<F> : kTileRows;
     static_assert(kRows <= kMaxTileRows);
     FormatKernels kernels{F::kOperand, F::kBytesPerInput, F::kScaleFactor, F::kDirectRows, kRows, F::expand_floats,
-                          nullptr,     nullptr,           nullptr,         F::kZero,       {}};
+                          nullptr,     nullptr,           nullptr,         kByteZero<F>,   {}};
     if constexpr (F::kBits < 16) kernels.expand_pairs = F::expand_pairs;
     if constexpr (F::kHasRest) kernels.add_rest = F::add_rest;
     if constexpr (kIsWidened<F>) kernels.widen = widen<F>;

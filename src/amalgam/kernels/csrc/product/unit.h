@@ -1,7 +1,8 @@
 // Products on a matrix unit: up to two tiles of rows of activations times two panels at once (unit_tiles.h).
 //
 // Sixteen lines of a bf16 panel are a tile as they lie, those of an int8 panel too, as unsigned bytes; other formats
-// are expanded, a piece at a time for all rows.
+// are expanded, a piece at a time for all rows. Sums of chunks, which vectors scale and add up, wait in memory until
+// the unit has the next chunk's products to work on.
 //
 // Order of accumulation of every output element. int8: that of tiles.h, and so the same bits; few rows stay with the
 // vector loops. bfloat16, for any number of rows: the steps' sums one after the other, from zero; a scale for the whole
@@ -14,6 +15,7 @@
 #include <vector>
 
 #include "product/format_kernels.h"
+#include "product/row_factors.h"
 #include "product/sums.h"
 #include "product/unit_tiles.h"
 
@@ -68,18 +70,16 @@ struct UnitRows {
     int64_t rows, num_tiles, height;
     const uint8_t* values;
     int64_t stride;      // bytes
-    const float* scale;  // of int8 rows, as Activations has them
-    const int32_t* sum;
-    int64_t place[kMaxRows];  // of a row in both
+    RowFactors factors;  // of int8 rows
 
-    UnitRows(const Steps& steps, const Activations& x, int64_t first_row, int64_t count)
-        : rows(count), num_tiles(RowTiles(count).count), height(RowTiles(count).height), scale(x.scale), sum(x.sum) {
+    UnitRows(const Matrix& w, const Steps& steps, const Activations& x, int64_t first_row, int64_t count)
+        : rows(count), num_tiles(RowTiles(count).count), height(RowTiles(count).height) {
+        if (x.kind == Operand::kInt8) factors = {w, x, first_row, count, kernels_of(w.format).byte_zero};
         const int64_t bytes = operand_bytes(x.kind);
         const auto row_of = [&](int64_t m) { return x.index != nullptr ? x.index[first_row + m] : first_row + m; };
         const auto row_at = [&](int64_t m) {
             return static_cast<const uint8_t*>(x.values) + row_of(m) * x.stride * bytes;
         };
-        for (int64_t m = 0; m < rows; ++m) place[m] = row_of(m) * steps.num_chunks;
         if (!steps.is_padded && (x.index == nullptr || rows == 1)) {
             values = row_at(0);
             stride = x.stride * bytes;
@@ -101,61 +101,6 @@ struct UnitRows {
                 const int64_t first = steps.first_input(chunk) * bytes, end = steps.first_input(chunk + 1) * bytes;
                 std::memcpy(to + steps.first_step(chunk) * kLineBytes, from + first, static_cast<size_t>(end - first));
             }
-        }
-    }
-};
-
-// What the products of int8 rows with lines of format F need: the lines as bytes, the sum of a chunk.
-template <class F>
-struct ByteLines {
-    static constexpr Operand kOperand = Operand::kInt8;
-
-    static bool is_made(const Matrix&) { return F::kByteLines != 1; }
-    static void make(const Matrix& w, int64_t panel, int64_t first, int64_t end, uint8_t* out) {
-        const uint8_t* line = w.panel(panel) + first * F::kBytesPerInput;
-        for (int64_t i = first; i < end;
-             i += F::kInputsPerLine, line += kLineBytes, out += F::kByteLines * kLineBytes) {
-            F::expand_bytes(line, out);
-        }
-    }
-    // y [rows, 16] += sums, as int8_tile does.
-    static void join(const Run& run, const Floats& scale, int64_t chunk, const UnitRows& x, int64_t first_row,
-                     int64_t rows, const int32_t (*sums)[kPanelRows], float (*y)[kPanelRows]) {
-        const int64_t group = chunk / run.chunks_per_group;
-        for (int64_t m = 0; m < rows; ++m) {
-            const int64_t at = x.place[first_row + m] + chunk;
-            const Ints sum = add(load_ints(sums[m]), F::byte_sum(run, group, -x.sum[at]));
-            const Floats factor = mul(scale, broadcast_float(x.scale + at));
-            store_floats(y[m], add(load_floats(y[m]), mul(to_floats(sum), factor)));
-        }
-        if (run.offset == nullptr) return;
-        const Floats offset = load_factors<F>(run, group).offset;
-        for (int64_t m = 0; m < rows; ++m) {
-            const int64_t at = x.place[first_row + m] + chunk;
-            const float values = x.scale[at] * static_cast<float>(x.sum[at]);
-            store_floats(y[m], add(load_floats(y[m]), mul(offset, broadcast(values))));
-        }
-    }
-};
-
-// The same for bfloat16 rows and all formats, as lines of a bf16 panel.
-struct PairLines {
-    static constexpr Operand kOperand = Operand::kBfloat16;
-
-    static bool is_made(const Matrix& w) { return w.format != kFormat<Bf16>; }
-    static void make(const Matrix& w, int64_t panel, int64_t first, int64_t end, uint8_t* out) {
-        if (is_made(w)) {
-            kernels_of(w.format).expand_pairs(w, panel, first, end, out);
-        } else {
-            std::memcpy(out, w.panel(panel) + first * Bf16::kBytesPerInput,
-                        static_cast<size_t>((end - first) * Bf16::kBytesPerInput));
-        }
-    }
-    static void join(const Run&, const Floats& scale, int64_t, const UnitRows&, int64_t, int64_t rows,
-                     const int32_t (*sums)[kPanelRows], float (*y)[kPanelRows]) {
-        for (int64_t m = 0; m < rows; ++m) {
-            const Floats sum = load_floats(reinterpret_cast<const float*>(sums[m]));
-            store_floats(y[m], add(load_floats(y[m]), mul(sum, scale)));
         }
     }
 };
@@ -183,30 +128,151 @@ inline Ahead ahead_of(const Matrix& w, int64_t panel, int64_t begin, int64_t end
     return {from + pair * share * kLineBytes, share};
 }
 
+using Factors = float[2][kPanelRows];             // of a chunk: its group's scale and offset
+using UnitSums = int32_t[kUnitRows][kPanelRows];  // or float32
+
 // Chunks [first, end) of one or two panels.
 struct Piece {
     int64_t first, end;
     Run run[2];
     const uint8_t* lines[2];
-    float scale[2][kMaxPieceSteps][kPanelRows];  // of each chunk
+    alignas(kLineBytes) Factors factors[2][kMaxPieceSteps];
     Ahead ahead[2];
 };
 
-// sums[..].row[first_row..] += kTiles tiles of rows, from first_row on, times a piece of kPanels panels.
-template <class Unit, class Lines, int kTiles, int kPanels>
+// The lines of a piece's panel as unsigned bytes, as they lie or made in `out`; factors: of its chunks.
+inline const uint8_t* make_bytes(const Matrix& w, const Steps& steps, const Run& run, uint8_t* out, Factors* factors) {
+    const auto widen = kernels_of(w.format).widen;
+    if (!steps.is_padded) return widen(run, {out, factors});
+    const int64_t num_steps = steps.first_step(run.end_chunk) - steps.first_step(run.first_chunk);
+    std::memset(out, 0, static_cast<size_t>(num_steps * kStepBytes));
+    Run chunk = run;
+    uint8_t* to = out;
+    for (; chunk.first_chunk < run.end_chunk; ++chunk.first_chunk, ++factors, to += steps.per_chunk * kStepBytes) {
+        chunk.end_chunk = chunk.first_chunk + 1;
+        const int64_t inputs = chunk.inputs(chunk.first_chunk);
+        const uint8_t* bytes = widen(chunk, {to, factors});
+        if (bytes != to) std::memcpy(to, bytes, static_cast<size_t>(inputs * kPanelRows));
+        chunk.lines += inputs * w.bytes_per_input;
+    }
+    return out;
+}
+
+// The same as lines of a bf16 panel.
+inline const uint8_t* make_pairs(const Matrix& w, const Steps& steps, const Run& run, uint8_t* out, Factors* factors) {
+    const bool is_wide = w.format == kFormat<Bf16>;
+    if (run.scale != nullptr && w.num_groups > 1) {
+        for (int64_t chunk = run.first_chunk; chunk < run.end_chunk; ++chunk, ++factors) {
+            store_floats((*factors)[0], load_scale(run, chunk / run.chunks_per_group));
+        }
+    }
+    const auto make = [&](int64_t first_chunk, int64_t end_chunk, uint8_t* to) {
+        const int64_t first = steps.first_input(first_chunk), end = steps.first_input(end_chunk);
+        if (is_wide) {
+            std::memcpy(to, w.panel(run.panel) + first * Bf16::kBytesPerInput,
+                        static_cast<size_t>((end - first) * Bf16::kBytesPerInput));
+        } else {
+            kernels_of(w.format).expand_pairs(w, run.panel, first, end, to);
+        }
+    };
+    if (!steps.is_padded) {
+        if (is_wide) return run.lines;
+        make(run.first_chunk, run.end_chunk, out);
+        return out;
+    }
+    const int64_t num_steps = steps.first_step(run.end_chunk) - steps.first_step(run.first_chunk);
+    std::memset(out, 0, static_cast<size_t>(num_steps * kStepBytes));
+    uint8_t* to = out;
+    for (int64_t chunk = run.first_chunk; chunk < run.end_chunk; ++chunk, to += steps.per_chunk * kStepBytes) {
+        make(chunk, chunk + 1, to);
+    }
+    return out;
+}
+
+// Rows [row, row + rows) of each panel's totals += added(panel, 0 …).
+template <int kPanels, class Added>
+inline void add_to_rows(Sums* totals, int64_t row, int64_t rows, Added&& added) {
+    for (int64_t m = 0; m < rows; ++m) {
+        Floats total[kPanels];
+        for (int p = 0; p < kPanels; ++p) total[p] = add(load_floats(totals[p].row[row + m]), added(p, m));
+        for (int p = 0; p < kPanels; ++p) store_floats(totals[p].row[row + m], total[p]);
+    }
+}
+
+// A tile of rows joins its totals, as int8_tile does it. sums: of each panel.
+template <int kPanels>
+inline void join_integers(const Piece& piece, const UnitRows& x, int64_t chunk, int64_t row, int64_t rows,
+                          const UnitSums* sums, Sums* totals) {
+    const Run(&run)[2] = piece.run;
+    const int64_t of_rows = x.factors.at(chunk, row), group = chunk / run[0].chunks_per_group;
+    const float* row_scale = x.factors.scale.data() + of_rows;
+    const int32_t* first = x.factors.first.data() + of_rows;
+    Floats scale[kPanels], offset[kPanels];
+    for (int p = 0; p < kPanels; ++p) {
+        scale[p] = load_floats(piece.factors[p][chunk - piece.first][0]);
+        offset[p] = load_floats(piece.factors[p][chunk - piece.first][1]);
+    }
+    const auto scaled_sum = [&](int p, int64_t m, const Ints& zeros) {
+        const Floats factor = mul(scale[p], broadcast_float(row_scale + m));
+        return mul(to_floats(add(load_ints(sums[p][m]), zeros)), factor);
+    };
+    if (run[0].zero == nullptr) {
+        add_to_rows<kPanels>(totals, row, rows,
+                             [&](int p, int64_t m) { return scaled_sum(p, m, broadcast_int(first[m])); });
+    } else {
+        add_to_rows<kPanels>(totals, row, rows, [&](int p, int64_t m) {
+            return scaled_sum(p, m, zero_times(run[p].zero + group * kPanelRows, first[m]));
+        });
+    }
+    if (run[0].offset == nullptr) return;
+    const float* row_offset = x.factors.offset.data() + of_rows;
+    add_to_rows<kPanels>(totals, row, rows,
+                         [&](int p, int64_t m) { return mul(offset[p], broadcast_float(row_offset + m)); });
+}
+
+template <int kPanels>
+inline void join_floats(const Piece& piece, const UnitRows&, int64_t chunk, int64_t row, int64_t rows,
+                        const UnitSums* sums, Sums* totals) {
+    Floats scale[kPanels];
+    for (int p = 0; p < kPanels; ++p) scale[p] = load_floats(piece.factors[p][chunk - piece.first][0]);
+    add_to_rows<kPanels>(totals, row, rows, [&](int p, int64_t m) {
+        return mul(load_floats(reinterpret_cast<const float*>(sums[p][m])), scale[p]);
+    });
+}
+
+// Sums of a chunk, up to two tiles of rows, that are to join their totals.
+struct Waiting {
+    alignas(kLineBytes) UnitSums sums[2][2];  // tile, panel
+    int64_t chunk = 0, row = 0;               // of the next tile
+    int tile = 0, num_tiles = 0;
+
+    // The next tile, if there is one.
+    template <Operand kOperand, int kPanels>
+    void join(const Piece& piece, const UnitRows& x, Sums* totals) {
+        if (tile == num_tiles) return;
+        constexpr auto kJoin = kOperand == Operand::kInt8 ? join_integers<kPanels> : join_floats<kPanels>;
+        kJoin(piece, x, chunk, row, std::min(x.height, x.rows - row), sums[tile], totals);
+        row += x.height;
+        ++tile;
+    }
+};
+
+// totals[..].row[first_row..] += kTiles tiles of rows, from first_row on, times a piece of kPanels panels; or, with
+// joins_chunks, what waits joins, and the last chunk's sums wait.
+template <class Unit, Operand kOperand, int kTiles, int kPanels>
 void multiply_tiles(const Steps& steps, const UnitRows& x, int64_t first_row, Piece& piece, bool joins_chunks,
-                    Sums* sums) {
+                    Waiting& waiting, Sums* totals) {
     const uint8_t* a[2] = {x.values + first_row * x.stride + steps.first_step(piece.first) * kLineBytes};
     a[1] = a[0] + x.height * x.stride;
     const uint8_t* b[2] = {piece.lines[0], piece.lines[1]};
     const auto step = [&] {
-        multiply_step<Unit, Lines::kOperand, kTiles, kPanels>(a, x.stride, b, kLineBytes);
+        multiply_step<Unit, kOperand, kTiles, kPanels>(a, x.stride, b, kLineBytes);
         for (int i = 0; i < kPanels; ++i) piece.ahead[i].at_step();
         for (const uint8_t*& tile : a) tile += kLineBytes;
         for (const uint8_t*& tile : b) tile += kStepBytes;
     };
     if (!joins_chunks) {
-        const auto rows_of = [&](int tile, int panel) { return sums[panel].row[first_row + tile * x.height]; };
+        const auto rows_of = [&](int tile, int panel) { return totals[panel].row[first_row + tile * x.height]; };
         each_sum<kTiles, kPanels>(
             [&](auto sum, int tile, int panel) { Unit::template load<sum()>(rows_of(tile, panel), kLineBytes); });
         for (int64_t i = steps.first_step(piece.first); i < steps.first_step(piece.end); ++i) step();
@@ -214,29 +280,19 @@ void multiply_tiles(const Steps& steps, const UnitRows& x, int64_t first_row, Pi
             [&](auto sum, int tile, int panel) { Unit::template store<sum()>(rows_of(tile, panel), kLineBytes); });
         return;
     }
-    alignas(kLineBytes) int32_t found[4][kUnitRows][kPanelRows];
     for (int64_t chunk = piece.first; chunk < piece.end; ++chunk) {
         each_sum<kTiles, kPanels>([&](auto sum, int, int) { Unit::template zero<sum()>(); });
-        for (int64_t i = steps.first_step(chunk); i < steps.first_step(chunk + 1); ++i) step();
-        each_sum<kTiles, kPanels>([&](auto sum, int, int) { Unit::template store<sum()>(found[sum()], kLineBytes); });
-        each_sum<kTiles, kPanels>([&](auto sum, int tile, int panel) {
-            const int64_t row = first_row + tile * x.height;
-            Lines::join(piece.run[panel], load_floats(piece.scale[panel][chunk - piece.first]), chunk, x, row,
-                        std::min(x.height, x.rows - row), found[sum()], sums[panel].row + row);
-        });
-    }
-}
-
-// Chunks [first, end) of a panel as the unit reads them.
-template <class Lines>
-void make_lines(const Matrix& w, const Steps& steps, int64_t panel, int64_t first, int64_t end, uint8_t* out) {
-    if (!steps.is_padded) {
-        Lines::make(w, panel, steps.first_input(first), steps.first_input(end), out);
-        return;
-    }
-    std::memset(out, 0, static_cast<size_t>((steps.first_step(end) - steps.first_step(first)) * kStepBytes));
-    for (; first < end; ++first, out += steps.per_chunk * kStepBytes) {
-        Lines::make(w, panel, steps.first_input(first), steps.first_input(first + 1), out);
+        for (int64_t i = steps.first_step(chunk); i < steps.first_step(chunk + 1); ++i) {
+            step();
+            waiting.join<kOperand, kPanels>(piece, x, totals);
+        }
+        waiting.join<kOperand, kPanels>(piece, x, totals);  // chunks of a single step leave one of two tiles
+        each_sum<kTiles, kPanels>(
+            [&](auto sum, int tile, int panel) { Unit::template store<sum()>(waiting.sums[tile][panel], kLineBytes); });
+        waiting.chunk = chunk;
+        waiting.row = first_row;
+        waiting.tile = 0;
+        waiting.num_tiles = kTiles;
     }
 }
 
@@ -253,82 +309,60 @@ inline void scale_pairs(const float* scale, int64_t num_steps, uint8_t* lines) {
     }
 }
 
-// sums[i].row[r] = row r · panel + i, for `count` panels.
-template <class Unit, class Lines>
-void multiply_panels(const Matrix& w, const Steps& steps, const UnitRows& x, int64_t panel, int count, Sums* sums) {
-    constexpr Operand kOperand = Lines::kOperand;
+// totals[i].row[r] = row r · panel + i, for kPanels panels.
+template <class Unit, Operand kOperand, int kPanels>
+void multiply_panels(const Matrix& w, const Steps& steps, const UnitRows& x, int64_t panel, Sums* totals) {
     alignas(kLineBytes) uint8_t made[2][kMaxPieceSteps * kStepBytes];
     Piece piece{};
-    for (int i = 0; i < count; ++i) {
+    Waiting waiting;
+    for (int i = 0; i < kPanels; ++i) {
         piece.run[i] = whole_panel(w, kernels_of(w.format), kOperand, panel + i);
-        std::memset(sums[i].row, 0, sizeof sums[i].row[0] * static_cast<size_t>(x.num_tiles * x.height));
+        std::memset(totals[i].row, 0, sizeof totals[i].row[0] * static_cast<size_t>(x.num_tiles * x.height));
     }
     const bool has_scale = piece.run[0].scale != nullptr;
     const bool has_groups = has_scale && w.num_groups > 1;
     const bool scales_lines = kOperand == Operand::kBfloat16 && has_groups && unit_choices.scales_weights;
     const bool joins_chunks = kOperand == Operand::kInt8 || (has_groups && !scales_lines);
-    const bool is_made = Lines::is_made(w) || steps.is_padded;
     const int64_t num_pairs = (x.num_tiles + 1) / 2;
     // With few rows pieces are short, so that expanding and prefetching alternate.
     const int64_t most_steps = x.num_tiles == 1 ? steps.per_chunk : kMaxPieceSteps;
     const int64_t chunks = std::max<int64_t>(1, most_steps / steps.per_chunk);
+    constexpr auto kMake = kOperand == Operand::kInt8 ? make_bytes : make_pairs;
     const auto offset = [&](int64_t chunk) { return steps.first_input(chunk) * w.bytes_per_input; };
     for (piece.first = 0; piece.first < steps.num_chunks; piece.first = piece.end) {
         piece.end = std::min(piece.first + chunks, steps.num_chunks);
-        for (int i = 0; i < count; ++i) {
-            piece.lines[i] = is_made ? made[i] : w.panel(panel + i) + offset(piece.first);
-            if (is_made) make_lines<Lines>(w, steps, panel + i, piece.first, piece.end, made[i]);
-            if (!joins_chunks && !scales_lines) continue;
-            for (int64_t chunk = piece.first; chunk < piece.end; ++chunk) {
+        for (int i = 0; i < kPanels; ++i) {
+            Run& run = piece.run[i];
+            run.lines = w.panel(panel + i) + offset(piece.first);
+            run.first_chunk = piece.first;
+            run.end_chunk = piece.end;
+            piece.lines[i] = kMake(w, steps, run, made[i], piece.factors[i]);
+            for (int64_t chunk = piece.first; scales_lines && chunk < piece.end; ++chunk) {
                 const int64_t at = chunk - piece.first;
-                const Floats scale = load_scale(piece.run[i], chunk / piece.run[i].chunks_per_group);
-                store_floats(piece.scale[i][at], scale);
-                if (!scales_lines) continue;
-                scale_pairs(piece.scale[i][at], steps.first_step(chunk + 1) - steps.first_step(chunk),
+                scale_pairs(piece.factors[i][at][0], steps.first_step(chunk + 1) - steps.first_step(chunk),
                             made[i] + at * steps.per_chunk * kStepBytes);
             }
         }
         for (int64_t pair = 0; pair < num_pairs; ++pair) {
-            for (int i = 0; i < count; ++i) {
+            for (int i = 0; i < kPanels; ++i) {
                 piece.ahead[i] = ahead_of(w, panel + i, offset(piece.first), offset(piece.end), x.num_tiles, pair);
             }
-            const int64_t first_row = 2 * pair * x.height;
-            const bool is_two = 2 * pair + 1 < x.num_tiles;
-            const auto multiply =
-                is_two       ? count == 2 ? multiply_tiles<Unit, Lines, 2, 2> : multiply_tiles<Unit, Lines, 2, 1>
-                : count == 2 ? multiply_tiles<Unit, Lines, 1, 2>
-                             : multiply_tiles<Unit, Lines, 1, 1>;
-            multiply(steps, x, first_row, piece, joins_chunks, sums);
+            const auto multiply = 2 * pair + 1 < x.num_tiles ? multiply_tiles<Unit, kOperand, 2, kPanels>
+                                                             : multiply_tiles<Unit, kOperand, 1, kPanels>;
+            multiply(steps, x, 2 * pair * x.height, piece, joins_chunks, waiting, totals);
         }
+        // The next piece's factors come where this one's are.
+        while (waiting.tile < waiting.num_tiles) waiting.join<kOperand, kPanels>(piece, x, totals);
     }
     if (has_scale && !has_groups && !joins_chunks) {
-        for (int i = 0; i < count; ++i) {
+        for (int i = 0; i < kPanels; ++i) {
             const Floats scale = load_scale(piece.run[i], 0);
             for (int64_t m = 0; m < x.rows; ++m) {
-                store_floats(sums[i].row[m], mul(load_floats(sums[i].row[m]), scale));
+                store_floats(totals[i].row[m], mul(load_floats(totals[i].row[m]), scale));
             }
         }
     }
 }
-
-using UnitFunction = void (*)(const Matrix&, const Steps&, const UnitRows&, int64_t panel, int count, Sums*);
-
-template <class Unit, class List>
-struct UnitTable;
-
-// By format: the function for int8 operands, or null.
-template <class Unit, class... F>
-struct UnitTable<Unit, FormatList<F...>> {
-    template <class G>
-    static constexpr UnitFunction of() {
-        if constexpr (G::kByteLines > 0) {
-            return multiply_panels<Unit, ByteLines<G>>;
-        } else {
-            return nullptr;
-        }
-    }
-    static constexpr UnitFunction kFunctions[] = {of<F>()...};
-};
 
 // A block of at most kMaxRows rows on the matrix unit; without one, nothing.
 template <class Unit, bool = Unit::kExists>
@@ -345,12 +379,12 @@ class UnitBlock<Unit, true> {
  public:
     UnitBlock(const Matrix& w, const Activations& x, int64_t first_row, int64_t rows) : w_(w), steps_(w, x.kind) {
         if (x.kind == Operand::kBfloat16) {
-            function_ = multiply_panels<Unit, PairLines>;
-        } else if (x.kind == Operand::kInt8 && rows >= unit_choices.int8_rows) {
-            function_ = UnitTable<Unit, Formats>::kFunctions[static_cast<int>(w.format)];
+            use<Operand::kBfloat16>();
+        } else if (x.kind == Operand::kInt8 && rows >= unit_choices.int8_rows && w.part == 0) {
+            use<Operand::kInt8>();
         }
         if (!is_used()) return;
-        rows_.emplace(steps_, x, first_row, rows);
+        rows_.emplace(w, steps_, x, first_row, rows);
         Unit::configure(static_cast<int>(rows_->height));
     }
     ~UnitBlock() {
@@ -359,14 +393,22 @@ class UnitBlock<Unit, true> {
     UnitBlock(const UnitBlock&) = delete;
     UnitBlock& operator=(const UnitBlock&) = delete;
 
-    bool is_used() const { return function_ != nullptr; }
-    // sums[i].row[r] = row r · panel + i, for `count` panels, but for what the format leaves to add_rest.
-    void multiply(int64_t panel, int count, Sums* sums) const { function_(w_, steps_, *rows_, panel, count, sums); }
+    bool is_used() const { return functions_[0] != nullptr; }
+    // totals[i].row[r] = row r · panel + i, for `count` panels, but for what the format leaves to add_rest.
+    void multiply(int64_t panel, int count, Sums* totals) const {
+        functions_[count - 1](w_, steps_, *rows_, panel, totals);
+    }
 
  private:
+    template <Operand kOperand>
+    void use() {
+        functions_[0] = multiply_panels<Unit, kOperand, 1>;
+        functions_[1] = multiply_panels<Unit, kOperand, 2>;
+    }
+
     const Matrix& w_;
     Steps steps_;
-    UnitFunction function_ = nullptr;
+    void (*functions_[2])(const Matrix&, const Steps&, const UnitRows&, int64_t panel, Sums*) = {};  // by panels
     std::optional<UnitRows> rows_;
 };
 

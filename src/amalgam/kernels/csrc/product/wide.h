@@ -21,13 +21,13 @@
 
 #include "product/each.h"
 #include "product/format_kernels.h"
+#include "product/row_factors.h"
 #include "product/sums.h"
 #include "product/tile.h"
 
 namespace amalgam {
 namespace {
 
-constexpr int64_t kMinWideRows = 9, kMinWidePartsRows = 16;  // fewer do not pay
 constexpr int kWideTile = 6, kMinWideTile = 4;  // rows: 8 and more can be cut into tiles of no other heights
 static_assert(kMinWideRows >= 8 && kMinWidePartsRows >= 8);
 constexpr int64_t kWideInputs = 1024;  // of all panels of a piece, which the first-level cache holds
@@ -54,43 +54,24 @@ struct WidePiece {
     }
 };
 
-// A block of rows. What belongs to their chunks and parts lies by rows, so that a tile finds it at one address.
+// A block of rows.
 class WideRows {
  public:
     int64_t rows;
     const uint8_t* values[kMaxRows];
-    std::vector<float> scale;     // [chunks, rows]
-    std::vector<int32_t> first;   // [chunks, rows]: what is added to a chunk's sum, or what zero points multiply
-    std::vector<float> offset;    // [chunks, rows]: what the groups' offsets multiply
+    RowFactors factors;
     std::vector<uint32_t> pairs;  // [pairs of parts, rows]: two int16, the sums of the parts
 
-    WideRows(const Matrix& w, const Activations& x, int64_t first_row, int64_t count, int32_t zero) : rows(count) {
-        const int64_t num_chunks = (x.padded_columns + x.chunk - 1) / x.chunk;
+    WideRows(const Matrix& w, const Activations& x, int64_t first_row, int64_t count, int32_t zero)
+        : rows(count), factors(w, x, first_row, count, zero) {
         const auto row_of = [&](int64_t m) { return x.index != nullptr ? x.index[first_row + m] : first_row + m; };
-        scale.resize(static_cast<size_t>(num_chunks * rows));
-        for (int64_t m = 0; m < rows; ++m) {
-            values[m] = static_cast<const uint8_t*>(x.values) + row_of(m) * x.stride;
-            for (int64_t i = 0; i < num_chunks; ++i) scale[at(i, m)] = x.scale[row_of(m) * num_chunks + i];
-        }
-        if (w.part > 0) {
-            make_unsigned(x);
-            if (w.offset != nullptr) copy_pairs(x, row_of);
-            return;
-        }
-        first.resize(scale.size());
-        if (w.offset != nullptr) offset.resize(scale.size());
-        for (int64_t m = 0; m < rows; ++m) {
-            for (int64_t i = 0; i < num_chunks; ++i) {
-                const int32_t sum = x.sum[row_of(m) * num_chunks + i];
-                first[at(i, m)] = -sum * (w.zero != nullptr ? 1 : zero);
-                if (w.offset != nullptr) offset[at(i, m)] = scale[at(i, m)] * static_cast<float>(sum);
-            }
-        }
+        for (int64_t m = 0; m < rows; ++m) values[m] = static_cast<const uint8_t*>(x.values) + row_of(m) * x.stride;
+        if (w.part == 0) return;
+        make_unsigned(x);
+        if (w.offset != nullptr) copy_pairs(x, row_of);
     }
 
  private:
-    size_t at(int64_t index, int64_t row) const { return static_cast<size_t>(index * rows + row); }
-
     static void flip_signs(const uint8_t* __restrict from, int64_t count, uint8_t* __restrict to) {
         for (int64_t i = 0; i < count; ++i) to[i] = static_cast<uint8_t>(from[i] ^ 128);
     }
@@ -113,7 +94,9 @@ class WideRows {
         pairs.resize(static_cast<size_t>(num_pairs * rows));
         for (int64_t m = 0; m < rows; ++m) {
             const int16_t* sums = x.part_sums + row_of(m) * num_pairs * 2;
-            for (int64_t i = 0; i < num_pairs; ++i, sums += 2) std::memcpy(&pairs[at(i, m)], sums, sizeof pairs[0]);
+            for (int64_t i = 0; i < num_pairs; ++i, sums += 2) {
+                std::memcpy(pairs.data() + i * rows + m, sums, sizeof pairs[0]);
+            }
         }
     }
 };
@@ -198,8 +181,8 @@ void multiply_wide(const WidePiece<kPanels>& piece, const WideRows& x, int64_t f
     int64_t at = 0;
     for (int64_t chunk = piece.first, local = 0; chunk < piece.end; ++chunk, ++local) {
         ahead.at_chunk();
-        const int64_t of_chunk = chunk * x.rows + first_row;
-        const int32_t* first = x.first.data() + of_chunk;
+        const int64_t of_chunk = x.factors.at(chunk, first_row);
+        const int32_t* first = x.factors.first.data() + of_chunk;
         Ints sum[kPanels][M];
         if (run.zero == nullptr) {
 #pragma GCC unroll 8
@@ -216,14 +199,14 @@ void multiply_wide(const WidePiece<kPanels>& piece, const WideRows& x, int64_t f
             }
         }
         for (const int64_t end = at + run.inputs(chunk); at < end; at += 4) tile.template add_quad<false>(at, sum);
-        const float* scale = x.scale.data() + of_chunk;
+        const float* scale = x.factors.scale.data() + of_chunk;
         const auto& factors = piece.factors;
         tile.each_total([&](Floats total, int p, int m) {
             const Floats factor = mul(load_floats(factors[p][local][0]), broadcast_float(scale + m));
             return add(total, mul(to_floats(sum[p][m]), factor));
         });
         if (run.offset == nullptr) continue;
-        const float* offset = x.offset.data() + of_chunk;
+        const float* offset = x.factors.offset.data() + of_chunk;
         tile.each_total([&](Floats total, int p, int m) {
             return add(total, mul(load_floats(factors[p][local][1]), broadcast_float(offset + m)));
         });
@@ -273,7 +256,7 @@ void multiply_wide_parts(const WidePiece<kPanels>& piece, const WideRows& x, int
                 }
             }
         }
-        const float* scale = x.scale.data() + (piece.first + local) * x.rows + first_row;
+        const float* scale = x.factors.scale.data() + x.factors.at(piece.first + local, first_row);
         tile.each_total([&](Floats total, int p, int m) {
             const Floats of_row = broadcast_float(scale + m);
             total = add(total, mul(to_floats(sum[p][m]), mul(load_floats(factors[p][local][0]), of_row)));
