@@ -71,6 +71,7 @@ MOST_SEQUENCES = 16
 STATES, KEYS = "fp32", "bf16"  # what recurrences and an indexer read
 PLAIN = "bf16-plain"  # in 16 bits
 WIDENED = "int4-bf16"  # multiplied by bfloat16
+BY_VALUE = (WIDENED, "groups-of-12")  # codes that become bfloat16
 FORMATS = ("int4", WIDENED, "int8", "fp8", "bf16", PLAIN)
 UNIT_ROUNDS = 100_000
 # Random bits in what other tools publish.
@@ -126,6 +127,7 @@ class Case:
     bits: float  # of one of them
     read: Callable[[], object]  # all of them
     run: Run
+    unit: _native.Format | None = None  # whose operands a matrix unit takes them with
 
 
 def source(name: str, shape: tuple[int, int]) -> PackedWeight:
@@ -195,7 +197,7 @@ def linear_case(name: str, num_layers: int) -> Case:
         operations = 2.0 * rows * LINEAR_SHAPE[0] * LINEAR_SHAPE[1] * len(weights)
         return call, sum(weight.nbytes for weight in weights), operations
 
-    return case_of("linear", weights, run)
+    return case_of("linear", name, weights, run)
 
 
 def moe_case(name: str, num_layers: int) -> Case:
@@ -222,14 +224,23 @@ def moe_case(name: str, num_layers: int) -> Case:
         num_bytes = sum(len(ids.unique()) for ids, _ in routes) * expert_bytes
         return call, num_bytes, 6.0 * rows * NUM_ACTIVE * HIDDEN * WIDTH * num_layers
 
-    return case_of("moe", weights, run)
+    return case_of("moe", name, weights, run)
 
 
-def case_of(kernel: str, weights: list[PackedWeight], run: Run) -> Case:
+def case_of(kernel: str, name: str, weights: list[PackedWeight], run: Run) -> Case:
     matrices = [matrix_of(weight) for weight in weights]
     num_bytes = sum(weight.nbytes for weight in weights)
     bits = 8.0 * num_bytes / sum(math.prod(weight.shape) for weight in weights)
-    return Case(kernel, num_bytes, bits, lambda: _native.checksum(matrices, torch.get_num_threads()), run)
+    unit = unit_operands(name, matrices[0].format.name)
+    return Case(kernel, num_bytes, bits, lambda: _native.checksum(matrices, torch.get_num_threads()), run, unit)
+
+
+def unit_operands(name: str, packed: str) -> _native.Format | None:
+    """None for K-quants and IQ4_XS, which stay with the vectors."""
+    if packed.startswith("k"):
+        return None
+    is_int8 = packed.startswith(("int", "table4")) and name not in BY_VALUE
+    return _native.Format.int8 if is_int8 else _native.Format.bf16
 
 
 @dataclass(frozen=True)
@@ -386,12 +397,11 @@ def instruction_set(name: str) -> Iterator[None]:
         extension.kernels.cache_clear()
 
 
-def unit_gigaoperations(name: str) -> float | None:
-    """A second, in the registers of the matrix unit with all threads; None without one."""
+def unit_gigaoperations(operands: _native.Format | None) -> float | None:
+    """A second, in the registers of the matrix unit with all threads; None where it is not used."""
     unit = extension.kernels().unit
-    if unit is None:
+    if unit is None or operands is None:
         return None
-    operands = _native.Format.int8 if name in ("int4", "int8") else _native.Format.bf16
     threads = torch.get_num_threads()
     rounds = 1 if extension.isa() == "amx_emulated" else UNIT_ROUNDS
     unit.run(operands, rounds, threads)
@@ -413,7 +423,7 @@ def measure(case: Case, name: str, rows: tuple[int, ...], repeats: int, against:
             samples.append(
                 (elapsed, num_bytes / elapsed / 1e9, num_bytes / elapsed / 1e9 / read, operations / elapsed / 1e9)
             )
-            unit = unit_gigaoperations(name) if case.kernel in ("linear", "moe") else None
+            unit = unit_gigaoperations(case.unit)
             if unit is not None:
                 shares.append(operations / elapsed / 1e9 / unit)
             if against is not None:

@@ -207,8 +207,8 @@ def every_layout(shape: tuple[int, int], seed: int = 0) -> Mapping[str, PackedWe
         weights[f"fp8-block-{odd}"] = scaled8(shape, fp8, (1, odd), seed)
     for bits in (1, 2, 3):
         for zero in ("", "integer", "float"):
-            if columns % 64 == 0:
-                weights[f"int{bits}-64-{zero}"] = few_bits(shape, bits, 64, zero=zero, seed=seed)
+            for group in (size for size in (32, 64) if columns % 64 == 0):
+                weights[f"int{bits}-{group}-{zero}"] = few_bits(shape, bits, group, zero=zero, seed=seed)
     weights |= {f"nf4-{group}": nf4(shape, group, seed) for group in (4, 8, 64) if columns % group == 0}
     if columns % 16 == 0:
         weights |= {f"nvfp4-{how}": nvfp4(shape, how, seed) for how in ("factor", "divisor")}

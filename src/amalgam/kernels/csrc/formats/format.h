@@ -25,7 +25,8 @@ constexpr int64_t kAnyRows = std::numeric_limits<int64_t>::max();
 //     shift(p)      how far input p of a line is shifted left within its lane
 //     decode(code, zero)   the value of a code, unscaled
 //
-// and, where kDirectRows is not 0, for int8 operands kDotsPerLine, first_sum and add_line, for bfloat16 operands
+// and, where kDirectRows is not 0, for int8 operands kDotsPerLine, first_sum and add_line and, of fewer than 8 bits,
+// Lines and Loader (codes.h; lines of 8 bits are unsigned bytes, four inputs to a lane), for bfloat16 operands
 // kLinesPerStep, kPartsPerStep and Loader (tiles.h).
 template <class F, int kBitsPerInput>
 struct LineFormat {

@@ -16,7 +16,7 @@ template <class F>
 constexpr bool kIsWidened =
     F::kOperand == Operand::kInt8 && (kWidePanels > 1 || (MatrixUnit<>::kExists && F::kPart == 0));
 
-// What is subtracted from codes as unsigned bytes. Tables are signed where the instruction set likes them so.
+// What is subtracted from codes as unsigned bytes. A table's values have kInt8Bias added, as such bytes always 128.
 template <class F>
 constexpr int kByteZero = F::kIsTable ? 128 : F::kZero;
 

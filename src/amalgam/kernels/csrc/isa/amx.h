@@ -1,11 +1,13 @@
 // AVX-512 and Intel's AMX. Products on its tiles are in product/unit.h; amx_emulated.h says what the instructions do.
 #pragma once
 
-#include "isa/avx512.h"
+#include "isa/avx512_bf16.h"
 #include "product/tile.h"
 
 namespace amalgam {
 namespace {
+
+constexpr int64_t kMinWideRows = 9, kMinWidePartsRows = 16;  // what the unit leaves
 
 // Assembly, because the compilers' intrinsics take a tile's number as text, and not all of them know that the
 // instructions read and write memory.

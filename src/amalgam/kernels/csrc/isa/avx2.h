@@ -78,11 +78,6 @@ inline void load_nibbles(const uint8_t* line, Bytes& low, Bytes& high) {
     low = {_mm256_and_si256(v.a, mask), _mm256_and_si256(v.b, mask)};
     high = {_mm256_and_si256(_mm256_srli_epi16(v.a, 4), mask), _mm256_and_si256(_mm256_srli_epi16(v.b, 4), mask)};
 }
-inline void store_bytes(uint8_t* line, Bytes v) {
-    auto* to = reinterpret_cast<__m256i*>(line);
-    _mm256_store_si256(to, v.a);
-    _mm256_store_si256(to + 1, v.b);
-}
 inline Bytes load_int8(const uint8_t* line) {
     const __m256i offset = _mm256_set1_epi8(static_cast<char>(0x80));
     const Words v = load_words(line);

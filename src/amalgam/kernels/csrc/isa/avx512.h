@@ -1,21 +1,13 @@
-// AVX-512 with VNNI and BF16.
+// AVX-512 with VNNI and BF16: AMD's Zen 4 and later, and Intel's servers whose matrix unit may not be used.
 #pragma once
 
-#include "isa/avx512_lines.h"
+#include "isa/avx512_bf16.h"
 
 namespace amalgam {
 namespace {
 
-// Zen 4 stores lines, which codes become first, at half the speed of Intel's processors.
+// Zen 4 stores lines, which codes become first, at half the speed of Intel's processors, and multiplies half as many.
 constexpr int64_t kMinWideRows = 24, kMinWidePartsRows = 24;
-
-inline Floats dot_pairs(Floats sum, Pairs w, Operand4 x) { return _mm512_dpbf16_ps(sum, (__m512bh)w, (__m512bh)x); }
-
-inline Floats store_bfloat16(float* out, Floats v) {
-    const __m256i rounded = (__m256i)_mm512_cvtneps_pbh(v);
-    _mm256_store_si256(reinterpret_cast<__m256i*>(out), rounded);
-    return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(rounded), 16));
-}
 
 }  // namespace
 }  // namespace amalgam

@@ -1,4 +1,4 @@
-// One panel line per register: what AVX-512 with VNNI has, with BF16 (avx512.h) or without (avx512_vnni.h).
+// One panel line per register: what AVX-512 with VNNI has, with BF16 (avx512_bf16.h) or without (avx512_vnni.h).
 // portable.h says what each function means.
 #pragma once
 

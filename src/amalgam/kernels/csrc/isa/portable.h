@@ -16,7 +16,7 @@ constexpr int kPairSums = 1;  // accumulators of bfloat16 pairs, used in turn; 1
 // Panels that many rows of int8 are multiplied with at once (product/wide.h), which takes 32 registers; 1: only one.
 // With more, a header also has what avx512_lines.h has for it.
 constexpr int kWidePanels = 1;
-// From how many rows on that pays, also where parts of a chunk have scales of their own.
+// From how many rows on that pays, without parts that have scales of their own and with them; at least 8.
 constexpr int64_t kMinWideRows = 8, kMinWidePartsRows = 8;
 // Most rows for which coded lines are decoded in the tile function; with few registers, above that, they are expanded
 // first.

@@ -12,7 +12,8 @@ namespace amalgam {
 
 inline namespace AMALGAM_ISA {
 
-// Where a format puts the chunks of a run that products with several panels at once read (formats/wide_lines.h).
+// Where a format puts the chunks of a run that products with several panels at once and matrix units read
+// (formats/wide_lines.h).
 struct WideLines {
     uint8_t* bytes;                   // lines
     float (*factors)[2][kPanelRows];  // of each chunk, as GroupFactors has them
@@ -32,7 +33,7 @@ struct FormatKernels {
     void (*add_rest)(const Matrix&, int64_t panel, const Activations&, int64_t first_row, int64_t rows,
                      float (*sums)[kPanelRows]);            // or null
     const uint8_t* (*widen)(const Run&, const WideLines&);  // returns the lines of bytes; or null
-    int32_t byte_zero;                                      // the zero point of these codes, if there are no parts
+    int32_t byte_zero;                                      // what the bytes are too large by, without parts
     TileFunction tiles[kMaxTileRows];                       // by number of rows, from 1 on
 };
 

@@ -196,7 +196,8 @@ struct BoltzmannArgs {
 
 // What a matrix unit has besides products. Benchmarks and tests set its choices, while nothing runs.
 struct UnitKernels {
-    // From how many rows on int8 operands are multiplied on it; the results are the same bits.
+    // From how many rows on int8 operands are multiplied on it, but of formats with parts; the results are the same
+    // bits.
     int64_t* int8_rows;
     // Whether a weight with bfloat16 operands and scales for groups is expanded with its scales, rounded to bfloat16,
     // so that the sums of all groups stay in the unit. Otherwise each group's sum is scaled, without rounding.

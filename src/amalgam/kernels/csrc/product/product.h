@@ -112,7 +112,7 @@ inline void add_bias(const Bias& bias, int64_t panel, int width, int64_t rows, S
     }
 }
 
-// All lanes. A loop that GCC unrolls, or whose lanes could lie where it writes, it does not vectorise.
+// All lanes. GCC vectorises this only if it has not unrolled it before, and knows that lanes and results lie apart.
 template <class Out>
 inline void write_lanes(const float* __restrict lanes, Out* __restrict out) {
 #pragma GCC unroll 1

@@ -24,12 +24,11 @@ struct RowFactors {
         scale.resize(static_cast<size_t>(num_chunks * rows));
         if (w.part == 0) first.resize(scale.size());
         if (w.part == 0 && w.offset != nullptr) offset.resize(scale.size());
-        for (int64_t m = 0; m < rows; ++m) {
-            const int64_t from = (x.index != nullptr ? x.index[first_row + m] : first_row + m) * num_chunks;
-            for (int64_t i = 0; i < num_chunks; ++i) {
-                const size_t to = static_cast<size_t>(at(i, m));
-                scale[to] = x.scale[from + i];
-                const int32_t sum = x.sum[from + i];
+        for (size_t chunk = 0, to = 0; chunk < static_cast<size_t>(num_chunks); ++chunk) {
+            for (int64_t m = first_row; m < first_row + rows; ++m, ++to) {
+                const int64_t from = (x.index != nullptr ? x.index[m] : m) * num_chunks + static_cast<int64_t>(chunk);
+                scale[to] = x.scale[from];
+                const int32_t sum = x.sum[from];
                 if (!first.empty()) first[to] = -sum * (w.zero != nullptr ? 1 : zero);
                 if (!offset.empty()) offset[to] = scale[to] * static_cast<float>(sum);
             }

@@ -125,7 +125,8 @@ constexpr int kOwnTileRows = 0;
 
 // The seam for matrix units, which have tiles in registers of their own. The header of an instruction set that has one
 // specialises this, behind its primitives: amx.h, and amx_emulated.h, which says in plain C++ what each function does.
-// unit.h multiplies with it: bfloat16 operands always, int8 operands of as many rows as pay.
+// unit.h multiplies with it: bfloat16 operands always, int8 operands, but of formats with parts, of as many rows as
+// pay.
 template <class = void>
 struct MatrixUnit {
     static constexpr bool kExists = false;

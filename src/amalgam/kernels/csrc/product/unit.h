@@ -158,9 +158,9 @@ inline const uint8_t* make_bytes(const Matrix& w, const Steps& steps, const Run&
     return out;
 }
 
-// The same as lines of a bf16 panel.
+// The same as lines of a bf16 panel. Of the factors only scales, where there are groups.
 inline const uint8_t* make_pairs(const Matrix& w, const Steps& steps, const Run& run, uint8_t* out, Factors* factors) {
-    const bool is_wide = w.format == kFormat<Bf16>;
+    const bool is_bf16 = w.format == kFormat<Bf16>;
     if (run.scale != nullptr && w.num_groups > 1) {
         for (int64_t chunk = run.first_chunk; chunk < run.end_chunk; ++chunk, ++factors) {
             store_floats((*factors)[0], load_scale(run, chunk / run.chunks_per_group));
@@ -168,7 +168,7 @@ inline const uint8_t* make_pairs(const Matrix& w, const Steps& steps, const Run&
     }
     const auto make = [&](int64_t first_chunk, int64_t end_chunk, uint8_t* to) {
         const int64_t first = steps.first_input(first_chunk), end = steps.first_input(end_chunk);
-        if (is_wide) {
+        if (is_bf16) {
             std::memcpy(to, w.panel(run.panel) + first * Bf16::kBytesPerInput,
                         static_cast<size_t>((end - first) * Bf16::kBytesPerInput));
         } else {
@@ -176,7 +176,7 @@ inline const uint8_t* make_pairs(const Matrix& w, const Steps& steps, const Run&
         }
     };
     if (!steps.is_padded) {
-        if (is_wide) return run.lines;
+        if (is_bf16) return run.lines;
         make(run.first_chunk, run.end_chunk, out);
         return out;
     }
@@ -199,18 +199,36 @@ inline void add_to_rows(Sums* totals, int64_t row, int64_t rows, Added&& added) 
     }
 }
 
-// A tile of rows joins its totals, as int8_tile does it. sums: of each panel.
+// Sums of a chunk, up to two tiles of rows, that are to join their totals.
+struct Waiting {
+    alignas(kLineBytes) UnitSums sums[2][2];  // tile, panel
+    alignas(kLineBytes) Factors factors[2];   // of the chunk in each panel; those of its piece may be gone
+    int64_t chunk = 0, row = 0;               // of the next tile
+    int tile = 0, num_tiles = 0;
+
+    // After the sums have been stored.
+    void begin(const Piece& piece, int panels, int64_t of_chunk, int64_t first_row, int tiles) {
+        for (int p = 0; p < panels; ++p)
+            std::memcpy(factors[p], piece.factors[p][of_chunk - piece.first], sizeof(Factors));
+        chunk = of_chunk;
+        row = first_row;
+        tile = 0;
+        num_tiles = tiles;
+    }
+};
+
+// A tile of rows joins its totals, as int8_tile does it.
 template <int kPanels>
-inline void join_integers(const Piece& piece, const UnitRows& x, int64_t chunk, int64_t row, int64_t rows,
-                          const UnitSums* sums, Sums* totals) {
-    const Run(&run)[2] = piece.run;
-    const int64_t of_rows = x.factors.at(chunk, row), group = chunk / run[0].chunks_per_group;
+inline void join_integers(const Waiting& waiting, const Run (&run)[2], const UnitRows& x, int64_t rows, Sums* totals) {
+    const UnitSums* sums = waiting.sums[waiting.tile];
+    const int64_t row = waiting.row, of_rows = x.factors.at(waiting.chunk, row);
+    const int64_t group = waiting.chunk / run[0].chunks_per_group;
     const float* row_scale = x.factors.scale.data() + of_rows;
     const int32_t* first = x.factors.first.data() + of_rows;
     Floats scale[kPanels], offset[kPanels];
     for (int p = 0; p < kPanels; ++p) {
-        scale[p] = load_floats(piece.factors[p][chunk - piece.first][0]);
-        offset[p] = load_floats(piece.factors[p][chunk - piece.first][1]);
+        scale[p] = load_floats(waiting.factors[p][0]);
+        offset[p] = load_floats(waiting.factors[p][1]);
     }
     const auto scaled_sum = [&](int p, int64_t m, const Ints& zeros) {
         const Floats factor = mul(scale[p], broadcast_float(row_scale + m));
@@ -231,31 +249,28 @@ inline void join_integers(const Piece& piece, const UnitRows& x, int64_t chunk, 
 }
 
 template <int kPanels>
-inline void join_floats(const Piece& piece, const UnitRows&, int64_t chunk, int64_t row, int64_t rows,
-                        const UnitSums* sums, Sums* totals) {
+inline void join_floats(const Waiting& waiting, int64_t rows, Sums* totals) {
+    const UnitSums* sums = waiting.sums[waiting.tile];
     Floats scale[kPanels];
-    for (int p = 0; p < kPanels; ++p) scale[p] = load_floats(piece.factors[p][chunk - piece.first][0]);
-    add_to_rows<kPanels>(totals, row, rows, [&](int p, int64_t m) {
+    for (int p = 0; p < kPanels; ++p) scale[p] = load_floats(waiting.factors[p][0]);
+    add_to_rows<kPanels>(totals, waiting.row, rows, [&](int p, int64_t m) {
         return mul(load_floats(reinterpret_cast<const float*>(sums[p][m])), scale[p]);
     });
 }
 
-// Sums of a chunk, up to two tiles of rows, that are to join their totals.
-struct Waiting {
-    alignas(kLineBytes) UnitSums sums[2][2];  // tile, panel
-    int64_t chunk = 0, row = 0;               // of the next tile
-    int tile = 0, num_tiles = 0;
-
-    // The next tile, if there is one.
-    template <Operand kOperand, int kPanels>
-    void join(const Piece& piece, const UnitRows& x, Sums* totals) {
-        if (tile == num_tiles) return;
-        constexpr auto kJoin = kOperand == Operand::kInt8 ? join_integers<kPanels> : join_floats<kPanels>;
-        kJoin(piece, x, chunk, row, std::min(x.height, x.rows - row), sums[tile], totals);
-        row += x.height;
-        ++tile;
+// The next tile, if there is one.
+template <Operand kOperand, int kPanels>
+inline void join_next(Waiting& waiting, const Piece& piece, const UnitRows& x, Sums* totals) {
+    if (waiting.tile == waiting.num_tiles) return;
+    const int64_t rows = std::min(x.height, x.rows - waiting.row);
+    if constexpr (kOperand == Operand::kInt8) {
+        join_integers<kPanels>(waiting, piece.run, x, rows, totals);
+    } else {
+        join_floats<kPanels>(waiting, rows, totals);
     }
-};
+    waiting.row += x.height;
+    ++waiting.tile;
+}
 
 // totals[..].row[first_row..] += kTiles tiles of rows, from first_row on, times a piece of kPanels panels; or, with
 // joins_chunks, what waits joins, and the last chunk's sums wait.
@@ -284,15 +299,12 @@ void multiply_tiles(const Steps& steps, const UnitRows& x, int64_t first_row, Pi
         each_sum<kTiles, kPanels>([&](auto sum, int, int) { Unit::template zero<sum()>(); });
         for (int64_t i = steps.first_step(chunk); i < steps.first_step(chunk + 1); ++i) {
             step();
-            waiting.join<kOperand, kPanels>(piece, x, totals);
+            join_next<kOperand, kPanels>(waiting, piece, x, totals);
         }
-        waiting.join<kOperand, kPanels>(piece, x, totals);  // chunks of a single step leave one of two tiles
+        join_next<kOperand, kPanels>(waiting, piece, x, totals);  // chunks of a single step leave one of two tiles
         each_sum<kTiles, kPanels>(
             [&](auto sum, int tile, int panel) { Unit::template store<sum()>(waiting.sums[tile][panel], kLineBytes); });
-        waiting.chunk = chunk;
-        waiting.row = first_row;
-        waiting.tile = 0;
-        waiting.num_tiles = kTiles;
+        waiting.begin(piece, kPanels, chunk, first_row, kTiles);
     }
 }
 
@@ -337,7 +349,8 @@ void multiply_panels(const Matrix& w, const Steps& steps, const UnitRows& x, int
             run.first_chunk = piece.first;
             run.end_chunk = piece.end;
             piece.lines[i] = kMake(w, steps, run, made[i], piece.factors[i]);
-            for (int64_t chunk = piece.first; scales_lines && chunk < piece.end; ++chunk) {
+            if (!scales_lines) continue;
+            for (int64_t chunk = piece.first; chunk < piece.end; ++chunk) {
                 const int64_t at = chunk - piece.first;
                 scale_pairs(piece.factors[i][at][0], steps.first_step(chunk + 1) - steps.first_step(chunk),
                             made[i] + at * steps.per_chunk * kStepBytes);
@@ -351,9 +364,8 @@ void multiply_panels(const Matrix& w, const Steps& steps, const UnitRows& x, int
                                                              : multiply_tiles<Unit, kOperand, 1, kPanels>;
             multiply(steps, x, 2 * pair * x.height, piece, joins_chunks, waiting, totals);
         }
-        // The next piece's factors come where this one's are.
-        while (waiting.tile < waiting.num_tiles) waiting.join<kOperand, kPanels>(piece, x, totals);
     }
+    while (waiting.tile < waiting.num_tiles) join_next<kOperand, kPanels>(waiting, piece, x, totals);
     if (has_scale && !has_groups && !joins_chunks) {
         for (int i = 0; i < kPanels; ++i) {
             const Floats scale = load_scale(piece.run[i], 0);

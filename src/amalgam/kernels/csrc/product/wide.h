@@ -57,7 +57,7 @@ struct WidePiece {
 // A block of rows.
 class WideRows {
  public:
-    int64_t rows;
+    const int64_t rows;
     const uint8_t* values[kMaxRows];
     RowFactors factors;
     std::vector<uint32_t> pairs;  // [pairs of parts, rows]: two int16, the sums of the parts
