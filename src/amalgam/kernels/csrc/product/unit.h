@@ -208,8 +208,9 @@ struct Waiting {
 
     // After the sums have been stored.
     void begin(const Piece& piece, int panels, int64_t of_chunk, int64_t first_row, int tiles) {
-        for (int p = 0; p < panels; ++p)
+        for (int p = 0; p < panels; ++p) {
             std::memcpy(factors[p], piece.factors[p][of_chunk - piece.first], sizeof(Factors));
+        }
         chunk = of_chunk;
         row = first_row;
         tile = 0;
