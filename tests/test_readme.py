@@ -80,6 +80,17 @@ def test_both_languages_show_the_same_commands() -> None:
     assert shapes[0] == shapes[1]
 
 
+@pytest.mark.parametrize("name", READMES)
+def test_speeds_are_those_of_the_table(name: str) -> None:
+    """Who measures again and changes the table changes the READMEs."""
+    table = (ROOT / "docs" / "performance.md").read_text(encoding="utf-8").partition("**amalgam int4**")[2]
+    ratios = re.search(r"^\| ratio \|(.*)\|$", table, re.MULTILINE)
+    assert ratios is not None
+    _, prompt, *decoding = (re.findall(r"[\d.]+", cell)[0] for cell in ratios[1].split("|"))
+    told = re.findall(r"\d+\.\d\d", (ROOT / name).read_text(encoding="utf-8").partition("Zen 4")[2])
+    assert told == [*decoding, prompt]
+
+
 def test_make_targets_exist() -> None:
     makefile = (ROOT / "Makefile").read_text()
     for name in READMES:
