@@ -12,6 +12,7 @@ LOG := $(VENV)/setup.log
 PROCESSES := $(shell $(PYTHON) -c 'import os; print(min(4, 1 + (os.cpu_count() or 1)))')
 RELEASE := build/release
 MANIFESTS := build/manifests
+SANITIZED := build/sanitize/bin/python
 INSTALLED := $(VENV)/.installed
 INSTALLED_DEV := $(VENV)/.installed-dev
 
@@ -43,15 +44,17 @@ check: $(INSTALLED_DEV) ## formatting, lint, types, import rules
 	$(BIN)/lint-imports --no-cache
 	$(BIN)/clang-format --dry-run -Werror $(CSRC)
 
-# In an environment of its own. The second library is there because the first one looks for its functions in it.
+# In an environment of its own. The second library is there because the first one looks for its functions in it. The
+# tests of the kernels go through all instruction sets themselves.
 sanitize: ## the tests that run the kernels, under AddressSanitizer
 	$(PYTHON) -m venv build/sanitize
-	CXXFLAGS="-fsanitize=address -fno-omit-frame-pointer" build/sanitize/bin/python -m pip install -q -r requirements-dev.txt
-	for isa in amx avx512 avx512_vnni avx2 portable amx_emulated; do \
-	  LD_PRELOAD="$$(gcc -print-file-name=libasan.so) $$(gcc -print-file-name=libstdc++.so.6)" \
-	  ASAN_OPTIONS=detect_leaks=0 AMALGAM_NATIVE_ISA=$$isa build/sanitize/bin/python -m pytest -q tests/kernels \
-	  tests/models/program tests/composition/packed_cache tests/composition/test_composition.py \
-	  tests/engine/test_sampler.py || exit 1; \
+	SKBUILD_CMAKE_ARGS=-DAMALGAM_SANITIZE=ON $(SANITIZED) -m pip install -q -r requirements-dev.txt
+	export LD_PRELOAD="$$(gcc -print-file-name=libasan.so) $$(gcc -print-file-name=libstdc++.so.6)" \
+	  ASAN_OPTIONS=detect_leaks=0; \
+	$(SANITIZED) -m pytest -q -n $(PROCESSES) tests/kernels || exit 1; \
+	for isa in $$($(SANITIZED) -c "from amalgam import _native; print(*_native.supported_isas())"); do \
+	  AMALGAM_NATIVE_ISA=$$isa $(SANITIZED) -m pytest -q -n $(PROCESSES) tests/models/program \
+	  tests/composition/packed_cache tests/composition/test_composition.py tests/engine/test_sampler.py || exit 1; \
 	done
 
 bench: $(INSTALLED) ## load time, memory and tokens/s of the demo model; planning and loading at scale

@@ -33,7 +33,6 @@ class Attention {
         : args_(args),
           item_(item),
           memory_(args, item, scratch, A::kElements, A::kUsesUnit),
-          factor_((args.softcap > 0.0f ? 1.0f : args.scale) * kLog2E),
           reads_directly_(reads_directly<A>(memory_)) {}
 
     int64_t scratch_floats() const { return memory_.scratch_floats; }
@@ -155,7 +154,7 @@ class Attention {
 
     void attend_tile(const Tile& tile, int64_t head, Prefetcher& prefetcher) {
         if (args_.keys.scales != nullptr) {
-            const float factor = args_.softcap > 0.0f ? args_.scale : factor_;
+            const float factor = args_.softcap > 0.0f ? args_.scale : memory_.score_factor;
             gather_factors<A>(memory_, args_.keys, tile, head, factor, memory_.key_factors);
         }
         if (args_.values.scales != nullptr) {
@@ -199,7 +198,7 @@ class Attention {
         multiply_blocks<A, M>(memory_.query_of(row), memory_.query_stride, memory_.keys, kTileKeys, memory_.key_steps,
                               memory_.scores, kTileKeys, nullptr, blocks, prefetcher);
         alignas(64) float factors[kLanes];
-        softmax<A>(memory_, factor_, kRows<M>, tile, row, blocks, 0, factors, prefetcher);
+        softmax<A>(memory_, tile, FixedRows<M>{{}, row, blocks}, factors, prefetcher);
         multiply_blocks<A, M>(memory_.weights, kTileKeys / A::kElements, memory_.values, memory_.value_dim,
                               blocks * kLanes / A::kElements, memory_.output_of(row), memory_.value_dim, factors,
                               memory_.value_dim / kLanes, prefetcher);
@@ -216,7 +215,7 @@ class Attention {
             alignas(64) float factors[2 * kUnitRows];
             for (int64_t at = 0; at < count; at += kLanes) {
                 const int rows = static_cast<int>(std::min<int64_t>(kLanes, count - at));
-                softmax<A>(memory_, factor_, rows, tile, row + at, blocks, at, factors + at, prefetcher);
+                softmax<A>(memory_, tile, SoftmaxRows<int>{rows, row + at, blocks, at}, factors + at, prefetcher);
             }
             float* output = memory_.output_of(row);
             scale_rows(output, value_dim, factors, count);
@@ -248,7 +247,7 @@ class Attention {
         if (blocks == 0) return;
         score_directly<A, T, M>(memory_, tile, blocks, head, row, prefetcher);
         alignas(64) float factors[kLanes];
-        softmax<A>(memory_, factor_, kRows<M>, tile, row, blocks, 0, factors, prefetcher);
+        softmax<A>(memory_, tile, FixedRows<M>{{}, row, blocks}, factors, prefetcher);
         add_values_directly<A, T, M>(memory_, tile, blocks, head, factors, prefetcher);
     }
 
@@ -290,7 +289,6 @@ class Attention {
     const AttentionArgs& args_;
     const AttentionItem& item_;
     ItemMemory memory_;
-    float factor_;  // scores in powers of 2
     bool reads_directly_;
 };
 

@@ -33,9 +33,10 @@ struct ItemMemory {
     float *range_maximum, *range_total, *range_output;       // of the range under way
     float *merged_maximum, *merged_total, *merged_output;
     int64_t scratch_floats;  // all of it
+    float score_factor;      // makes powers of 2 of scores; of capped ones after the cap
 
     ItemMemory(const AttentionArgs& args, const AttentionItem& item, float* scratch, int64_t elements, bool uses_unit)
-        : args(args), item(item) {
+        : args(args), item(item), score_factor((args.softcap > 0.0f ? 1.0f : args.scale) * kLog2E) {
         shared = args.heads / args.kv_heads;
         head_rows = item.num_positions * shared;
         rows = item_rows(args, item);
@@ -57,7 +58,7 @@ struct ItemMemory {
         keys = take(query_stride * kTileKeys);
         values = take(kTileKeys / elements * value_dim);
         scores = take(rows_at_once * kTileKeys);
-        weights = take(rows_at_once * kTileKeys);
+        weights = take(rows_at_once * kTileKeys / elements);
         zeros = take(std::max(args.keys.dim, args.values.dim) + kLanes);
         if (args.keys.scales != nullptr) key_factors = take(kTileKeys);
         if (args.values.scales != nullptr) value_factors = take(kTileKeys);

@@ -22,28 +22,36 @@ inline void cap_scores(const ItemMemory& memory, float* scores, int64_t count) {
     }
 }
 
-// A number of rows that is known when it is compiled.
-template <int M>
-constexpr std::integral_constant<int, M> kRows{};
+// Up to kLanes rows of a softmax. Count: int, or a constant where the number is known when it is compiled.
+template <class Count>
+struct SoftmaxRows {
+    Count count;
+    int64_t first;      // of the item's rows
+    int64_t blocks;     // of 16 keys that any of them sees
+    int64_t place = 0;  // of the first one's scores and weights
+};
 
-// Of up to kLanes rows, whose scores and weights are at place `at`. factor: of scores without factors of their own, in
-// powers of 2. `factors`: what the rows' older results are to be multiplied with.
+template <int M>
+using FixedRows = SoftmaxRows<std::integral_constant<int, M>>;
+
+// `factors` [kLanes]: what the rows' older results are to be multiplied with.
 template <class A, class Count>
-inline void softmax(const ItemMemory& memory, float factor, Count rows, const Tile& tile, int64_t row, int64_t blocks,
-                    int64_t at, float* factors, Prefetcher& prefetcher) {
+inline void softmax(const ItemMemory& memory, const Tile& tile, const SoftmaxRows<Count>& rows, float* factors,
+                    Prefetcher& prefetcher) {
     constexpr int64_t kWords = kTileKeys / A::kElements;
-    const int64_t local = row % memory.head_rows;
+    const int64_t local = rows.first % memory.head_rows, keys = rows.blocks * kLanes;
+    const float factor = memory.score_factor;
     alignas(64) float old_maximum[kLanes] = {}, new_maximum[kLanes] = {};
     const bool is_capped = memory.args.softcap > 0.0f;
-    for (int m = 0; m < rows; ++m) {
+    for (int m = 0; m < rows.count; ++m) {
         const int64_t last = memory.item.first_position + (local + m) / memory.shared - tile.first_key;
         const int64_t first = first_visible(memory.args, last + tile.first_key) - tile.first_key;
-        const bool is_whole = first <= 0 && last >= blocks * kLanes - 1;
-        float* scores = memory.scores + (at + m) * kTileKeys;
-        old_maximum[m] = memory.range_maximum[row + m];
+        const bool is_whole = first <= 0 && last >= keys - 1;
+        float* scores = memory.scores + (rows.place + m) * kTileKeys;
+        old_maximum[m] = memory.range_maximum[rows.first + m];
         Floats highest = broadcast(old_maximum[m]);
-        if (is_capped) cap_scores(memory, scores, blocks * kLanes);
-        for (int64_t key = 0; key < blocks * kLanes; key += kLanes) {
+        if (is_capped) cap_scores(memory, scores, keys);
+        for (int64_t key = 0; key < keys; key += kLanes) {
             const bool is_by_key = memory.key_factors != nullptr && !is_capped;
             const Floats scale = is_by_key ? load_floats(memory.key_factors + key) : broadcast(factor);
             Floats score = mul(load_floats(scores + key), scale);
@@ -55,17 +63,17 @@ inline void softmax(const ItemMemory& memory, float factor, Count rows, const Ti
             highest = maximum(score, highest);
         }
         const float found = highest_lane(highest);
-        memory.range_maximum[row + m] = found;
+        memory.range_maximum[rows.first + m] = found;
         new_maximum[m] = found == kNegativeInfinity ? 0.0f : found;  // nothing seen yet
     }
     store_floats(factors, exp2_lanes(subtract(load_floats(old_maximum), load_floats(new_maximum))));
-    for (int m = 0; m < rows; ++m) {
-        const float* scores = memory.scores + (at + m) * kTileKeys;
-        float* weights = memory.weights + (at + m) * kWords;
-        float* totals = memory.range_total + (row + m) * kLanes;
+    for (int m = 0; m < rows.count; ++m) {
+        const float* scores = memory.scores + (rows.place + m) * kTileKeys;
+        float* weights = memory.weights + (rows.place + m) * kWords;
+        float* totals = memory.range_total + (rows.first + m) * kLanes;
         const Floats offset = broadcast(new_maximum[m]);
         Floats total = mul(load_floats(totals), broadcast(factors[m]));
-        for (int64_t key = 0; key < blocks * kLanes; key += kLanes) {
+        for (int64_t key = 0; key < keys; key += kLanes) {
             Floats weight = exp2_lanes(subtract(load_floats(scores + key), offset));
             const bool is_scaled = memory.value_factors != nullptr;
             const Floats stored = is_scaled ? mul(weight, load_floats(memory.value_factors + key)) : weight;
@@ -79,7 +87,7 @@ inline void softmax(const ItemMemory& memory, float factor, Count rows, const Ti
         }
         store_floats(totals, total);
         // A step of the unit takes two blocks.
-        if (A::kUsesUnit && blocks % 2 != 0) std::fill_n(weights + blocks * kLanes / 2, kLanes / 2, 0.0f);
+        if (A::kUsesUnit && rows.blocks % 2 != 0) std::fill_n(weights + keys / 2, kLanes / 2, 0.0f);
         prefetcher.stop();
     }
 }

@@ -140,21 +140,29 @@ struct Piece {
     Ahead ahead[2];
 };
 
+// make(chunk, where its lines go) for each chunk of a run, where chunks are filled up with zeros to whole steps.
+template <class Make>
+inline void make_padded(const Steps& steps, const Run& run, uint8_t* out, Make&& make) {
+    const int64_t num_steps = steps.first_step(run.end_chunk) - steps.first_step(run.first_chunk);
+    std::memset(out, 0, static_cast<size_t>(num_steps * kStepBytes));
+    for (int64_t chunk = run.first_chunk; chunk < run.end_chunk; ++chunk, out += steps.per_chunk * kStepBytes) {
+        make(chunk, out);
+    }
+}
+
 // The lines of a piece's panel as unsigned bytes, as they lie or made in `out`; factors: of its chunks.
 inline const uint8_t* make_bytes(const Matrix& w, const Steps& steps, const Run& run, uint8_t* out, Factors* factors) {
     const auto widen = kernels_of(w.format).widen;
     if (!steps.is_padded) return widen(run, {out, factors});
-    const int64_t num_steps = steps.first_step(run.end_chunk) - steps.first_step(run.first_chunk);
-    std::memset(out, 0, static_cast<size_t>(num_steps * kStepBytes));
-    Run chunk = run;
-    uint8_t* to = out;
-    for (; chunk.first_chunk < run.end_chunk; ++chunk.first_chunk, ++factors, to += steps.per_chunk * kStepBytes) {
-        chunk.end_chunk = chunk.first_chunk + 1;
-        const int64_t inputs = chunk.inputs(chunk.first_chunk);
-        const uint8_t* bytes = widen(chunk, {to, factors});
+    Run one = run;
+    make_padded(steps, run, out, [&](int64_t chunk, uint8_t* to) {
+        one.first_chunk = chunk;
+        one.end_chunk = chunk + 1;
+        const int64_t inputs = one.inputs(chunk);
+        const uint8_t* bytes = widen(one, {to, factors++});
         if (bytes != to) std::memcpy(to, bytes, static_cast<size_t>(inputs * kPanelRows));
-        chunk.lines += inputs * w.bytes_per_input;
-    }
+        one.lines += inputs * w.bytes_per_input;
+    });
     return out;
 }
 
@@ -180,12 +188,7 @@ inline const uint8_t* make_pairs(const Matrix& w, const Steps& steps, const Run&
         make(run.first_chunk, run.end_chunk, out);
         return out;
     }
-    const int64_t num_steps = steps.first_step(run.end_chunk) - steps.first_step(run.first_chunk);
-    std::memset(out, 0, static_cast<size_t>(num_steps * kStepBytes));
-    uint8_t* to = out;
-    for (int64_t chunk = run.first_chunk; chunk < run.end_chunk; ++chunk, to += steps.per_chunk * kStepBytes) {
-        make(chunk, chunk + 1, to);
-    }
+    make_padded(steps, run, out, [&](int64_t chunk, uint8_t* to) { make(chunk, chunk + 1, to); });
     return out;
 }
 

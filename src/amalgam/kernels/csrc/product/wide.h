@@ -57,19 +57,20 @@ struct WidePiece {
 // A block of rows.
 class WideRows {
  public:
-    const int64_t rows;
     const uint8_t* values[kMaxRows];
     RowFactors factors;
     std::vector<uint32_t> pairs;  // [pairs of parts, rows]: two int16, the sums of the parts
 
-    WideRows(const Matrix& w, const Activations& x, int64_t first_row, int64_t count, int32_t zero)
-        : rows(count), factors(w, x, first_row, count, zero) {
+    WideRows(const Matrix& w, const Activations& x, int64_t first_row, int64_t rows, int32_t zero)
+        : factors(w, x, first_row, rows, zero) {
         const auto row_of = [&](int64_t m) { return x.index != nullptr ? x.index[first_row + m] : first_row + m; };
         for (int64_t m = 0; m < rows; ++m) values[m] = static_cast<const uint8_t*>(x.values) + row_of(m) * x.stride;
         if (w.part == 0) return;
         make_unsigned(x);
         if (w.offset != nullptr) copy_pairs(x, row_of);
     }
+
+    int64_t rows() const { return factors.rows; }
 
  private:
     static void flip_signs(const uint8_t* __restrict from, int64_t count, uint8_t* __restrict to) {
@@ -80,9 +81,9 @@ class WideRows {
     void make_unsigned(const Activations& x) {
         const int64_t stride = x.padded_columns + kLineBytes;  // or rows would fall on the same lines of the cache
         static thread_local std::vector<uint8_t> kept;
-        if (kept.size() < static_cast<size_t>(rows * stride)) kept.resize(static_cast<size_t>(rows * stride));
+        if (kept.size() < static_cast<size_t>(rows() * stride)) kept.resize(static_cast<size_t>(rows() * stride));
         uint8_t* to = kept.data();
-        for (int64_t m = 0; m < rows; ++m, to += stride) {
+        for (int64_t m = 0; m < rows(); ++m, to += stride) {
             flip_signs(values[m], x.padded_columns, to);
             values[m] = to;
         }
@@ -91,11 +92,11 @@ class WideRows {
     template <class RowOf>
     void copy_pairs(const Activations& x, const RowOf& row_of) {
         const int64_t num_pairs = x.padded_columns / x.part / 2;
-        pairs.resize(static_cast<size_t>(num_pairs * rows));
-        for (int64_t m = 0; m < rows; ++m) {
+        pairs.resize(static_cast<size_t>(num_pairs * rows()));
+        for (int64_t m = 0; m < rows(); ++m) {
             const int16_t* sums = x.part_sums + row_of(m) * num_pairs * 2;
             for (int64_t i = 0; i < num_pairs; ++i, sums += 2) {
-                std::memcpy(pairs.data() + i * rows + m, sums, sizeof pairs[0]);
+                std::memcpy(pairs.data() + i * rows() + m, sums, sizeof pairs[0]);
             }
         }
     }
@@ -222,7 +223,7 @@ void multiply_wide_parts(const WidePiece<kPanels>& piece, const WideRows& x, int
     constexpr int kParts = kChunk / kPart;
     const WideTile<M, kPanels> tile(piece, x, first_row, totals);
     const auto& factors = piece.factors;
-    [[maybe_unused]] const uint32_t* pairs = x.pairs.data() + piece.first * (kParts / 2) * x.rows + first_row;
+    [[maybe_unused]] const uint32_t* pairs = x.pairs.data() + piece.first * (kParts / 2) * x.rows() + first_row;
     int64_t at = 0, part = 0;
     for (int64_t local = 0; local < piece.end - piece.first; ++local) {
         ahead.at_chunk();
@@ -242,7 +243,7 @@ void multiply_wide_parts(const WidePiece<kPanels>& piece, const WideRows& x, int
         if constexpr (kHasMinima) {
             Ints(&minima)[kPanels][M] = running;
             clear<M, kPanels>(minima);
-            for (int64_t pair = part / 2 - kParts / 2; pair < part / 2; ++pair, pairs += x.rows) {
+            for (int64_t pair = part / 2 - kParts / 2; pair < part / 2; ++pair, pairs += x.rows()) {
                 Pairs w[kPanels];
 #pragma GCC unroll 8
                 for (int p = 0; p < kPanels; ++p) {
@@ -290,12 +291,12 @@ void wide_product(const Matrix& w, const WideRows& x, int64_t panel, Sums* total
     WidePiece<kPanels> piece;
     for (int p = 0; p < kPanels; ++p) {
         piece.run[p] = whole_panel(w, format, Operand::kInt8, panel + p);
-        std::memset(totals[p].row, 0, sizeof totals[p].row[0] * static_cast<size_t>(x.rows));
+        std::memset(totals[p].row, 0, sizeof totals[p].row[0] * static_cast<size_t>(x.rows()));
     }
     const int64_t chunk = piece.run[0].chunk, num_chunks = piece.run[0].end_chunk;
     const int64_t step = std::max<int64_t>(1, piece.kInputs / chunk);
-    const int64_t num_tiles = (x.rows + kWideTile - 1) / kWideTile, height = x.rows / num_tiles;
-    const int64_t num_taller = x.rows % num_tiles;  // tiles of a row more
+    const int64_t num_tiles = (x.rows() + kWideTile - 1) / kWideTile, height = x.rows() / num_tiles;
+    const int64_t num_taller = x.rows() % num_tiles;  // tiles of a row more
     constexpr std::make_integer_sequence<int, kWideTile - kMinWideTile + 1> kHeights;
     const WideFunction<kPanels> multiply[] = {
         wide_function<kPanels, kPart, kHasMinima>(height, kHeights),
