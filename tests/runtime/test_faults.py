@@ -13,6 +13,7 @@ from multiprocessing.connection import Connection
 from multiprocessing.context import ForkServerContext
 from pathlib import Path
 from typing import Any
+from weakref import ref
 
 import pytest
 import torch
@@ -287,6 +288,24 @@ def test_no_memory(stand: Stand, monkeypatch: pytest.MonkeyPatch) -> None:
         patch.setattr(Source, "load", fail)
         with raises(OutOfMemoryError, UP):
             stand.deployment.update_weight_mapping({EXPERTS: "other"})
+
+
+def test_the_memory_of_a_version_that_cannot_run_goes_back(stand: Stand, monkeypatch: pytest.MonkeyPatch) -> None:
+    built: list[ref[WeightVersion]] = []
+    alive: list[bool] = []
+
+    def fail(version: WeightVersion) -> None:
+        built.append(ref(version))
+        raise RuntimeError("it cannot be compiled")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(stand.deployment.engine, "prepare", fail)
+        patch.setattr(
+            stand.deployment.versions, "has_freed", lambda: alive.append(any(each() is not None for each in built))
+        )
+        with pytest.raises(RuntimeError):
+            stand.deployment.update_weight_mapping({EXPERTS: "other"})
+    assert len(built) == 1 and alive == [False]
 
 
 @needs_watching

@@ -17,6 +17,7 @@ from amalgam.engine.params import SamplingParams
 from amalgam.engine.request import Generation
 from amalgam.engine.speculation.draft import DraftProposer
 from amalgam.errors import ConfigError
+from amalgam.models.weights import WeightVersion
 from amalgam.runtime.deployment import Deployment
 from amalgam.runtime.opening import open_deployment
 from amalgam.tools.estimate import estimate
@@ -163,6 +164,33 @@ def test_a_draft_takes_no_memory_for_what_the_model_has_got_meanwhile(
         monkeypatch.setattr("amalgam.runtime.speculation.build_own_draft", fail)
         assert deployment.update_weight_mapping({EXPERTS: "base"}).version == deployment.version_id
         assert speculator.proposer.version is deployment.version
+        assert {answer.error for answer in run(deployment, 2)} == {None}
+    finally:
+        deployment.close()
+
+
+@pytest.mark.parametrize("num_failures", [1, 2])
+def test_a_draft_that_cannot_be_compiled_ends_no_change(
+    small: Path, monkeypatch: pytest.MonkeyPatch, num_failures: int
+) -> None:
+    """The model's own weights take its place; if they cannot either, it keeps what it has."""
+    deployment = open_deployment(settings_of(small, kinds(small)["self"]))
+    speculator, tried = deployment.engine.speculator, list[WeightVersion]()
+    assert speculator is not None and isinstance(speculator.proposer, DraftProposer)
+    before, set_version = speculator.proposer.version, DraftProposer.set_version
+
+    def fail(proposer: DraftProposer, version: WeightVersion) -> None:
+        tried.append(version)
+        if len(tried) <= num_failures:
+            raise RuntimeError("it cannot be compiled")
+        set_version(proposer, version)
+
+    monkeypatch.setattr(DraftProposer, "set_version", fail)
+    try:
+        result = deployment.update_weight_mapping({EXPERTS: "base"})
+        assert result.version == deployment.version_id and deployment.remaps[-1].error is None
+        assert tried[0].nbytes < deployment.version.nbytes and tried[1:] == [deployment.version]
+        assert speculator.proposer.version is (deployment.version if num_failures == 1 else before)
         assert {answer.error for answer in run(deployment, 2)} == {None}
     finally:
         deployment.close()

@@ -6,10 +6,12 @@ time. Must never know: HTTP, trials.
 
 from __future__ import annotations
 
+import logging
 import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from traceback import clear_frames
 
 from amalgam.composition.loader import LoadedVersion
 from amalgam.composition.progress import LOADING, Progress
@@ -32,6 +34,8 @@ from amalgam.runtime.served import ServedWeights, shared_weights
 from amalgam.runtime.speculation import Speculation
 from amalgam.runtime.versions import VersionBook, as_id
 from amalgam.runtime.yielding import Turns
+
+logger = logging.getLogger("amalgam.runtime")
 
 MAX_UNDOS = 64
 FREEING_SECONDS = 5.0  # that a change waits for the memory of versions that drain
@@ -148,14 +152,14 @@ class Remapper:
         """What followed a version that has been left goes back with the others."""
         with self._following:  # its change may still be at it
             served = self._served
-            record = self._log.add_failed_version(served.version_id, served.rules, failed_id, reason)
-            self._jobs.add(status_of_record(record))
+            with _logged("the log of changes"):
+                record = self._log.add_failed_version(served.version_id, served.rules, failed_id, reason)
+                self._jobs.add(status_of_record(record))
             if self._earlier_versions[-1:] == [served.version_id]:
                 self._earlier_versions = self._earlier_versions[:-1]
             if self._earlier_rules[-1:] == [served.rules]:
                 self._earlier_rules = self._earlier_rules[:-1]
-            if self._speculation is not None:
-                self._speculation.follow(served.loader, served.rules, served.version, self._unless_closing)
+            self._follow(served, self._unless_closing)
         self._versions.has_freed()
 
     def _unless_closing(self, what: str, done: int, total: int) -> None:
@@ -171,7 +175,10 @@ class Remapper:
             try:
                 yield served
             except Exception as error:
-                self._log.add_failure(served.version.version_id, job.status().seconds, error, job.asked)
+                with _logged("the log of changes"):
+                    self._log.add_failure(served.version.version_id, job.status().seconds, error, job.asked)
+                clear_frames(error.__traceback__)  # which hold the weights that have been built
+                self._versions.has_freed()
                 raise
 
     @property
@@ -305,23 +312,31 @@ class Remapper:
         )
         if name is not None:
             self._versions.name(name, served)
-            self._log.add(result, served.rules, job.asked)
-        else:
-            with self._following:
-                self._versions.make_current(served)
-                self._log.add(
-                    result, served.rules, job.asked
-                )  # before what takes longer: a process may be killed in it
+            job.result = result
+            with _logged("the log of changes"):
+                self._log.add(result, served.rules, job.asked)
+            return result
+        with self._following:
+            self._versions.make_current(served)
+            job.result = result
+            if after is not before.version:
+                self._earlier_versions = [*self._earlier_versions, before.version_id][-MAX_UNDOS:]
+            if served.rules != before.rules:
+                self._earlier_rules = [*self._earlier_rules, before.rules][-MAX_UNDOS:]
+            # Before what takes longer: a process may be killed in it.
+            with _logged("the log of changes"):
+                self._log.add(result, served.rules, job.asked)
+            with _logged("the trials"):
                 self.on_live(self._versions.current.version_id)  # it may have failed already
-                if after is not before.version:
-                    self._earlier_versions = [*self._earlier_versions, before.version_id][-MAX_UNDOS:]
-                if served.rules != before.rules:
-                    self._earlier_rules = [*self._earlier_rules, before.rules][-MAX_UNDOS:]
-                if self._speculation is not None:
-                    self._speculation.follow(served.loader, served.rules, after, job.report)
-                    self._versions.has_freed()
-        job.result = result
+            self._follow(served, job.report)
         return result
+
+    def _follow(self, served: ServedWeights, progress: Progress) -> None:
+        """What guesses tokens follows the weights in use."""
+        if self._speculation is not None:
+            with _logged("the draft"):
+                self._speculation.follow(served.loader, served.rules, served.version, progress)
+            self._versions.has_freed()
 
     def alive(self, version: str | int) -> ServedWeights | None:
         """The version of a name or id, if it is in memory.
@@ -339,3 +354,12 @@ class Remapper:
                 f"There is no weight version {version}.", remedy="GET /weights/changes tells of earlier ones."
             )
         return rules
+
+
+@contextmanager
+def _logged(what: str) -> Iterator[None]:
+    """What follows a change. If it fails, the change stays what it is, so that is logged."""
+    try:
+        yield
+    except Exception:
+        logger.exception("%s could not follow a change of the weights", what)

@@ -55,12 +55,15 @@ class Speculation:
         if self.settings.kind != "self" or not isinstance(proposer, DraftProposer):
             return
         try:
-            draft = build_own_draft(self.settings, loader, rules, (version, proposer.version), progress)
+            proposer.set_version(build_own_draft(self.settings, loader, rules, (version, proposer.version), progress))
+            return
         except Exception as error:
             if not isinstance(error, UnavailableError):  # the model is being closed
                 logger.warning("The draft has the model's own weights, whose guesses save nothing. %s", error)
-            draft = version
-        proposer.set_version(draft)
+        try:
+            proposer.set_version(version)
+        except Exception:
+            logger.exception("The draft keeps the weights that it had")
 
 
 def check_together(settings: SpeculationSettings) -> None:
