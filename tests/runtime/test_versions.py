@@ -53,8 +53,8 @@ class CountingEngine:
 class Stand:
     """A book, its engine, and how often memory has gone back to the system."""
 
-    def __init__(self) -> None:
-        self.engine = CountingEngine()
+    def __init__(self, engine: CountingEngine | None = None) -> None:
+        self.engine = engine or CountingEngine()
         self.freed = threading.Semaphore(0)
         self.book = VersionBook(self.made(1), self.engine, self.freed.release)  # type: ignore[arg-type]
 
@@ -164,3 +164,57 @@ def test_as_many_are_kept_as_there_may_be(stand: Stand, monkeypatch: pytest.Monk
     book.name("c", book.current)
     book.pin(3)
     assert stand.states() == {1: "current named", 3: "pinned named", 2: "named"}
+
+
+class ChangingEngine(CountingEngine):
+    """Between two looks at its fallback something else happens, in another thread."""
+
+    def __init__(self) -> None:
+        self.between: list[Callable[[], object]] = []
+        super().__init__()
+
+    @property
+    def fallback(self) -> WeightVersion | None:
+        found = self.seen
+        while self.between:
+            thread = threading.Thread(target=self.between.pop(), daemon=True)
+            thread.start()
+            thread.join(1.0)  # longer it may not take: whoever looks may hold what it needs
+        return found
+
+    @fallback.setter
+    def fallback(self, version: WeightVersion | None) -> None:  # type: ignore[override]
+        self.seen = version
+
+
+def test_a_fallback_that_comes_while_the_one_before_goes_stays() -> None:
+    engine = ChangingEngine()
+    stand = Stand(engine)
+    book, first, second = stand.book, stand.book.current, stand.made(2)
+    engine.fallback = first.version
+    book.make_current(second)
+    assert stand.states() == {2: "current", 1: "fallback"}
+
+    def change() -> None:
+        engine.fallback = second.version
+        book.make_current(stand.made(3))
+
+    engine.fallback = None  # version 2 has answered
+    engine.between.append(change)
+    assert engine.on_left is not None
+    engine.on_left(2)
+    assert stand.states() == {3: "current", 2: "fallback", 1: "draining"}
+    book.close()
+
+
+def test_a_change_stays_where_no_thread_can_be_started(stand: Stand, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(thread: threading.Thread) -> None:
+        raise RuntimeError("can't start new thread")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(threading.Thread, "start", fail)
+        stand.book.make_current(stand.made(2))
+    assert stand.states() == {2: "current"} and stand.engine.kept == {2}
+    assert not stand.freed.acquire(blocking=False)
+    stand.book.make_current(stand.made(3))
+    assert stand.freed.acquire(timeout=60)

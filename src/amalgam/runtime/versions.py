@@ -16,6 +16,7 @@ a thread of its own, so that no step waits for that, and the memory goes back to
 
 from __future__ import annotations
 
+import logging
 import re
 import threading
 import time
@@ -34,6 +35,8 @@ from amalgam.engine.probation import FailedVersion
 from amalgam.errors import ConflictError, RequestError, VersionNotFoundError, describe
 from amalgam.models.weights import WeightVersion
 from amalgam.runtime.served import ServedWeights
+
+logger = logging.getLogger("amalgam.runtime")
 
 
 class VersionState(StrEnum):
@@ -433,25 +436,37 @@ class VersionBook:
         with self._lock:
             needs_janitor = bool(self._draining) or self._has_freed
             if needs_janitor and self._janitor is None and not self._is_closed:
-                self._janitor = StoppableThread(self._clean_up, "amalgam-versions", self.close)
-                self._janitor.start()
-            self._engine.keep(
-                self._kept().keys()
-            )  # the current one too: it may be kept when another one takes its place
+                self._janitor = self._started_janitor()
+            # The current one too: it may be kept when another one takes its place.
+            self._engine.keep(self._kept().keys())
         self._wake.set()
 
+    def _started_janitor(self) -> StoppableThread | None:
+        janitor = StoppableThread(self._clean_up, "amalgam-versions", self.close)
+        try:
+            janitor.start()
+        except RuntimeError as error:  # no more threads: what has changed stays so, and the next change tries again
+            # As a text: the error's frames hold versions, as long as somebody keeps the record.
+            logger.error("the memory of weight versions that are gone stays taken: %s", str(error))
+            return None
+        return janitor
+
     def _left(self, version_id: int) -> None:
-        if self._fallback is not None and self._engine.fallback is None:  # it has answered
+        if self._fallback is not None and self._engine.fallback is None:  # the current version has answered
             with self._lock:
-                fallback, self._fallback = self._fallback, None
-                if fallback is not None:
+                # Another look: until the lock was free, a change may have set another fallback.
+                if self._fallback is not None and self._engine.fallback is None:
+                    fallback, self._fallback = self._fallback, None
                     self._let_go(fallback)
             self._settle()
         if version_id in self._draining:
             self._wake.set()
 
     def _version_failed(self, failed: FailedVersion) -> None:
-        """The engine has left a version: so does the book, whoever wanted to keep it."""
+        """The engine no longer uses a version: make the one before current again and drop it as a candidate.
+
+        Its pins and names stay.
+        """
         version_id = failed.version.version_id
         with self._lock:
             if version_id == self._current.version_id and (instead := self._alive().get(failed.instead.version_id)):
