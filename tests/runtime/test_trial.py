@@ -14,6 +14,7 @@ import torch
 
 from amalgam.config.reading import load_settings
 from amalgam.engine.params import SamplingParams
+from amalgam.engine.probation import FailedVersion
 from amalgam.engine.request import Generation, Observation
 from amalgam.errors import ConflictError, VersionNotFoundError
 from amalgam.evaluation.quality import Reference
@@ -25,13 +26,15 @@ from amalgam.kernels.step import StepContext
 from amalgam.models.decoder import Decoder
 from amalgam.models.weights import WeightVersion
 from amalgam.planning.shadow import Comparison, Throttle
-from amalgam.planning.trial_plans import CanaryLimits, CanaryPlan, ShadowLimits, ShadowPlan
+from amalgam.planning.trial_plans import CanaryLimits, CanaryPlan, Kind, ShadowLimits, ShadowPlan
 from amalgam.runtime import opening
 from amalgam.runtime.changes import ChangeRequest
 from amalgam.runtime.deployment import Deployment
 from amalgam.runtime.opening import open_deployment
 from amalgam.runtime.served import ServedWeights
 from amalgam.runtime.trials import shadow as shadows
+from amalgam.runtime.trials.canary import Canary
+from amalgam.runtime.trials.shadow import Shadow
 from amalgam.runtime.trials.trial import TrialState
 from tests.conftest import write_demo_config
 from tests.errors import is_named, raises
@@ -107,6 +110,12 @@ def states(deployment: Deployment) -> dict[int, str]:
     return {live.served.version_id: " ".join(live.states) for live in deployment.versions.live()}
 
 
+def start(deployment: Deployment, kind: Kind) -> Canary | Shadow:
+    if kind == "canary":
+        return deployment.trials.start_canary(CanaryPlan("other", 0.0))
+    return deployment.trials.start_shadow(ShadowPlan("other", 0.0))
+
+
 class TestCanary:
     def test_a_share_of_the_requests_runs_on_the_candidate_until_it_is_promoted(self, deployment: Deployment) -> None:
         before, candidate_id = deployment.version_id, deployment.versions.find("other").version_id
@@ -178,6 +187,44 @@ class TestCanary:
         canary = deployment.trials.start_canary(CanaryPlan("other", 1.0))
         assert canary.state is TrialState.OVERTAKEN
         assert "candidate" not in states(deployment)[canary.candidate_id]
+
+    @pytest.mark.parametrize("kind", ["canary", "shadow"])
+    def test_a_candidate_that_fails_while_it_starts_fails_its_trial(
+        self, deployment: Deployment, monkeypatch: pytest.MonkeyPatch, kind: Kind
+    ) -> None:
+        add_candidate = deployment.versions.add_candidate
+
+        def fail_at_once(candidate: ServedWeights) -> None:
+            add_candidate(candidate)
+            deployment.trials.version_failed(FailedVersion(candidate.version, deployment.version, "NaN", 0, 0))
+
+        monkeypatch.setattr(deployment.versions, "add_candidate", fail_at_once)
+        trial = start(deployment, kind)
+        assert (trial.state, trial.reason) == (TrialState.FAILED, "NaN")
+        assert deployment.trials.report(kind)["state"] == "failed"
+        assert states(deployment)[trial.candidate_id] == "named"
+
+    @pytest.mark.parametrize("kind", ["canary", "shadow"])
+    @pytest.mark.parametrize("is_candidate", [False, True])
+    def test_a_trial_that_cannot_be_started_leaves_the_one_before(
+        self, deployment: Deployment, monkeypatch: pytest.MonkeyPatch, kind: Kind, is_candidate: bool
+    ) -> None:
+        add_candidate = deployment.versions.add_candidate
+
+        def fail(candidate: ServedWeights) -> None:
+            if is_candidate:
+                add_candidate(candidate)
+            raise ConflictError("64 weight versions are kept.")
+
+        before = start(deployment, kind)
+        deployment.trials.abort(kind)
+        monkeypatch.setattr(deployment.versions, "add_candidate", fail)
+        with raises(ConflictError, 64):
+            start(deployment, kind)
+        assert deployment.trials.report(kind)["started"] == before.started_at
+        assert states(deployment)[before.candidate_id] == "named"
+        with raises(ConflictError, kind):
+            deployment.trials.abort(kind)
 
     def test_what_is_no_candidate_is_refused(self, deployment: Deployment) -> None:
         with raises(ConflictError, deployment.version_id):

@@ -80,9 +80,14 @@ class Trials:
                 running.with_share(plan)
                 return running
             canary = Canary(plan, now, candidate, self._act)
-            self._deployment.versions.add_candidate(candidate)
-            self._canary = canary
-            canary.start()
+            before, self._canary = self._canary, canary  # its version may fail as soon as it is a candidate
+            try:
+                self._deployment.versions.add_candidate(candidate)
+                canary.start()
+            except BaseException:
+                self._canary = before
+                self._let_go(candidate.version_id)
+                raise
             self.current_changed(self._deployment.versions.current.version_id)  # it may have, in the meantime
             return canary
 
@@ -102,9 +107,14 @@ class Trials:
             plan = replace(plan, max_tokens=min(plan.max_tokens, inference.max_seq_length))
             book = self._deployment.versions
             shadow = Shadow(plan, now, candidate, self._act, dtype, self._fail, book.has_freed)
-            book.add_candidate(candidate)
-            self._shadow = shadow
-            shadow.start()
+            before, self._shadow = self._shadow, shadow  # see `start_canary`
+            try:
+                book.add_candidate(candidate)
+                shadow.start()
+            except BaseException:
+                self._shadow = before
+                self._let_go(candidate.version_id)
+                raise
             self.current_changed(book.current.version_id)  # it may have, in the meantime
             return shadow
 
