@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import threading
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from amalgam.errors import AmalgamError, ConflictError
-from amalgam.experts.saved.files import to_bytes
+from amalgam.errors import AmalgamError, ConfigError, ConflictError
+from amalgam.experts.autosave import Autosave
+from amalgam.experts.saved.files import load, to_bytes
+from amalgam.experts.saved.sets import SavedSet
 from amalgam.experts.tracker import ExpertTracker
 from tests.errors import raises
 from tests.experts.routing import LAYER_IDS, START, TOP_K, Clock, busy_tracker, make_tracker, run_tokens
@@ -140,3 +143,32 @@ def test_a_file_that_is_refused_stays_free_for_others(tmp_path: Path) -> None:
     tracker = make_tracker(Clock())
     tracker.autosave_to(path)
     tracker.close()
+
+
+class Failing:
+    """Counts that cannot be read the first times."""
+
+    def __init__(self, errors: list[Exception]) -> None:
+        self.errors = errors
+        self.tracker = busy_tracker(0, Clock())
+        self.has_failed = threading.Event()
+
+    def saved_set(self, *, with_history: bool) -> SavedSet:
+        if self.errors:
+            raise self.errors.pop()
+        self.has_failed.set()
+        return self.tracker.saved_set(with_history=with_history)
+
+    def restore(self, saved: SavedSet, where: str) -> None:
+        raise AssertionError("there is nothing to restore")
+
+
+def test_a_save_that_fails_is_followed_by_others(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    path = tmp_path / "statistics.npz"
+    failing = Failing([OSError("No space"), MemoryError("too little memory"), ConfigError("It does not fit.")])
+    autosave = Autosave(failing, path, 1e-3)
+    assert failing.has_failed.wait(60)
+    autosave.close()
+    assert load(path).total.num_tokens.tolist() == failing.tracker.saved_set().total.num_tokens.tolist()
+    for reason in ("No space", "too little memory", "It does not fit."):
+        assert reason in caplog.text

@@ -13,7 +13,7 @@ from typing import Protocol
 
 from amalgam.base.locks import FileLock
 from amalgam.base.threads import StoppableThread
-from amalgam.errors import ConflictError
+from amalgam.errors import AmalgamError, ConflictError
 from amalgam.experts.saved.files import load, save
 from amalgam.experts.saved.sets import SavedSet
 
@@ -29,8 +29,8 @@ class Saveable(Protocol):
 class Autosave:
     """Restores at once, then saves every `seconds` in a thread of its own, and once more at the end.
 
-    The file is locked meanwhile: of two processes that save in it, each would undo the other's counts. A file that
-    cannot be written is logged: the traffic matters more than its statistics.
+    The file is locked meanwhile: of two processes that save in it, each would undo the other's counts. A save
+    that fails is logged, and the next one tries again: the traffic matters more than its statistics.
 
     Raises:
         CheckpointError, ConfigError: the file does not fit. It is left as it is.
@@ -79,5 +79,7 @@ class Autosave:
     def _save(self) -> None:
         try:
             save(self._statistics.saved_set(with_history=True), self._path)
-        except OSError as error:
+        except (OSError, AmalgamError) as error:
             logger.error("The expert statistics cannot be saved in %r: %s", str(self._path), error)
+        except Exception:
+            logger.exception("The expert statistics cannot be saved in %r", str(self._path))
