@@ -179,6 +179,35 @@ def test_a_line_that_is_half_written_is_passed_over(path: Path, num_bytes: int) 
     file.close()
 
 
+@pytest.mark.parametrize("num_bytes", [1, 4, 40, 200, -1])
+def test_a_first_line_that_is_half_written_is_no_file_of_somebody_else(path: Path, num_bytes: int) -> None:
+    written(path, START)
+    path.write_bytes(path.read_bytes().strip()[:num_bytes])
+    written(path, CHANGE)
+    file = HistoryFile(path)
+    assert list(file.records) == [CHANGE]
+    file.close()
+
+
+def test_a_file_without_a_record_is_ours_if_its_lines_are(path: Path) -> None:
+    file = HistoryFile(path)
+    file.note_sound(3)
+    file.note_kept(lambda: Kept({"wide": 4}))
+    file.close()
+    file = HistoryFile(path)
+    assert (list(file.records), file.kept, file.last_version_id) == ([], Kept({"wide": 4}), 4)
+    file.close()
+
+
+@pytest.mark.parametrize("content", ['{"at": 5}', '{"at": 5\nnotes', '{\n  "my": "file"\n}', "{}", "notes"])
+def test_a_file_that_only_resembles_ours_is_left_alone(path: Path, content: str) -> None:
+    path.parent.mkdir()
+    path.write_text(content, encoding="utf-8")
+    with raises(ConfigError, path):
+        HistoryFile(path)
+    assert path.read_text(encoding="utf-8") == content
+
+
 def test_a_line_that_two_readers_would_read_differently_is_passed_over(path: Path) -> None:
     written(path, START, CHANGE)
     first, second = path.read_bytes().splitlines()

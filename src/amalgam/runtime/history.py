@@ -47,6 +47,7 @@ _RULES = TypeAdapter(tuple[Rule, ...])
 _VERSION_ID = TypeAdapter(int)
 _SOUND = "sound"  # the only key of a line that names a sound version
 _KEPT = "kept"  # the only key of a line that names the versions that are kept
+_BEGINNINGS = tuple(f'{{"{key}": '.encode() for key in ("at", _SOUND, _KEPT))  # of all lines
 _KeptId = Annotated[int, Field(ge=1, le=MAX_VERSION_ID)]
 
 
@@ -207,6 +208,7 @@ class HistoryFile:
         if not self._path.exists():
             return []
         records: dict[str | int, RemapRecord] = {}  # by the ids of changes
+        is_ours = is_foreign = False
         known: tuple[int, tuple[Rule, ...]] | None = 0, ()
         lines = self._path.read_bytes().splitlines()
         for number, line in enumerate(lines, 1):
@@ -216,9 +218,11 @@ class HistoryFile:
                 data = parse_json(line)
                 if data.keys() == {_SOUND}:
                     self._sound_ids.add(_VERSION_ID.validate_python(data[_SOUND]))
+                    is_ours = True
                     continue
                 if data.keys() == {_KEPT}:
                     self.kept = _KEPT_VERSIONS.validate_python(data[_KEPT])
+                    is_ours = True
                     continue
                 if "since" in data:
                     rules = _rules_of(data, known)
@@ -229,9 +233,11 @@ class HistoryFile:
                 key = number if record.asked is None else record.asked.id
                 records.pop(key, None)  # that it had begun
                 records[key] = record
+                is_ours = True
             except (ValueError, TypeError, LookupError, AttributeError, RecursionError):
                 logger.warning("weights.history %s: line %d is no record and is passed over", self._path, number)
-        if lines and not records:
+                is_foreign = is_foreign or not _is_begun(line)
+        if is_foreign and not is_ours:
             raise ConfigError(
                 f"weights.history {str(self._path)!r} holds no record of a change.", remedy="Name another file."
             )
@@ -251,6 +257,15 @@ class HistoryFile:
         if self.kept.version_ids:
             lines.append(_kept_line(self.kept))
         replace_file(self._path, b"".join(lines))
+
+
+def _is_begun(line: bytes) -> bool:
+    """Whether a line that is no record may be the beginning of one, which a killed process has left."""
+    try:
+        parse_json(line)
+    except (ValueError, RecursionError):
+        return any(line.startswith(beginning) or beginning.startswith(line) for beginning in _BEGINNINGS)
+    return False
 
 
 def _num_starts(untold: Sequence[RemapRecord]) -> int:
