@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from weakref import ref
 
 import pytest
 import torch
@@ -16,10 +17,11 @@ from amalgam.composition.loader import ModelLoader
 from amalgam.config.settings import InferenceSettings, MixedPrecisionSettings, ModelSettings, Settings, build_settings
 from amalgam.engine.params import SamplingParams
 from amalgam.engine.request import Generation
-from amalgam.errors import ConfigError, RequestError
+from amalgam.errors import ConfigError, OutOfMemoryError, RequestError
 from amalgam.evaluation.confidence import Interval
 from amalgam.evaluation.texts import Document, sample_of
-from amalgam.planning.following import Decision
+from amalgam.models.weights import WeightVersion
+from amalgam.planning.following import Decision, Shadowed
 from amalgam.planning.problem import problem_of
 from amalgam.planning.sensitivity import SensitivityStudy
 from amalgam.planning.shadow import shadow
@@ -258,6 +260,34 @@ def test_a_candidate_that_fails_is_told_with_its_figures_and_not_tried_again(
     assert autoplan.look().outcome == "no_drift" and len(calls) == 1
     warnings = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
     assert len(warnings) == 1 and "out of memory" in warnings[0] and deployment.version_id == 1
+
+
+@pytest.mark.parametrize("outcome", ["not_better", "failed", "committed"])
+def test_the_memory_of_weights_that_a_look_has_built_goes_back(
+    deployment: Deployment, monkeypatch: pytest.MonkeyPatch, outcome: str
+) -> None:
+    """The reference's, and the candidate's if it is not taken: nothing holds them when that is told."""
+    built: list[ref[WeightVersion]] = []
+    alive: list[int] = []
+
+    def judge(loader: Any, dtype: Any, versions: Any, *others: Any) -> Shadowed:
+        built.extend(map(ref, (versions[0], versions[2])))
+        if outcome == "failed":
+            raise OutOfMemoryError("Too little memory.")
+        measured = shadow(loader, dtype, versions, *others)
+        difference = Interval(-0.1, -0.1, -0.1) if outcome == "committed" else Interval(0.0, -0.1, 0.1)
+        return replace(measured, difference=difference)
+
+    has_freed = deployment.versions.has_freed
+
+    def note() -> None:
+        alive.append(sum(version() is not None for version in built))
+        has_freed()
+
+    monkeypatch.setattr("amalgam.runtime.autoplan.shadow", judge)
+    monkeypatch.setattr(deployment.versions, "has_freed", note)
+    assert look_after(deployment, VERSE).outcome == outcome
+    assert len(built) == 2 and alive == [outcome == "committed"]
 
 
 def test_only_looks_without_an_event_are_told_as_one(deployment: Deployment) -> None:

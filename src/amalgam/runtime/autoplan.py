@@ -121,10 +121,12 @@ class _Look:
     Attributes:
         decision: without its outcome.
         choice: of the candidate; None: there is none.
+        has_built: whether weights have been loaded for it.
     """
 
     decision: Decision
     choice: tuple[int, ...] | None = None
+    has_built: bool = False
 
 
 class Autoplan:
@@ -284,6 +286,8 @@ class Autoplan:
         except Exception as error:
             logger.exception("a look at the traffic has failed; weights stay as they are")
             verdict = Verdict("failed", f"{type(error).__name__}: {error}")
+        if look.has_built:  # the reference, and a candidate that is not committed: nothing holds them here any more
+            self._deployment.versions.has_freed()
         look.decision = decision = replace(look.decision, outcome=verdict.outcome, reason=verdict.reason)
         if decision.is_settled:
             self._known, self._planned = decision.version or version.version_id, counts
@@ -335,6 +339,7 @@ class Autoplan:
         loader, problem = self._deployment.loader, self._proposer.problem
         rules = (*build_rules(rules_of(loader, problem, candidate.choice)), *placing(self._deployment.rules))
         throttle = Throttle(self.settings.max_share, self._check, self._is_closing.wait)
+        look.has_built = True
         loaded = loader.build(loader.plan(rules), self._deployment.versions.next_id(), version, throttle)
         shadowed = self._shadow(loader, version, loaded.version, reference, windows, throttle)
         look.decision = replace(look.decision, shadowed=shadowed)
