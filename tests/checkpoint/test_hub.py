@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +32,20 @@ def test_what_is_neither_folder_nor_hub_id(text: str, monkeypatch: pytest.Monkey
     with raises(CheckpointError) as caught:
         resolve(text)
     assert repr(text)[1:-1].removeprefix("./") in caught.value.what
+
+
+def test_a_path_that_cannot_be_looked_at(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    too_long = tmp_path / ("x" * 5000)
+    with raises(CheckpointError, too_long):
+        resolve(str(too_long))
+
+    def refuse(path: Path) -> bool:
+        raise PermissionError(errno.EACCES, "Permission denied", str(path))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "is_dir", refuse)
+        with raises(CheckpointError, tmp_path):
+            resolve(str(tmp_path))
 
 
 def test_file_instead_of_folder(tmp_path: Path) -> None:

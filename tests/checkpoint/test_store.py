@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import pickle
@@ -358,6 +359,19 @@ def test_folder_is_refused_by_value(case: str, tmp_path: Path) -> None:
     with raises(CheckpointError, value, folder) as caught:
         TensorStore.open(folder)
     assert caught.value.remedy
+
+
+@pytest.mark.parametrize("method", ["is_dir", "iterdir"])
+def test_a_folder_that_may_not_be_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, method: str) -> None:
+    indexed(tmp_path)
+
+    def refuse(path: Path) -> None:
+        raise PermissionError(errno.EACCES, "Permission denied", str(path))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, method, refuse)
+        with raises(CheckpointError, tmp_path):
+            TensorStore.open(tmp_path)
 
 
 def test_missing_folder(tmp_path: Path) -> None:

@@ -164,6 +164,18 @@ def check_free(path: Path) -> None:
 
 
 @contextmanager
+def reading(path: Path) -> Iterator[None]:
+    """
+    Raises:
+        CheckpointError: in place of an OSError; names `path`.
+    """
+    try:
+        yield
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be read ({error}).", remedy="Check the path and permissions.") from error
+
+
+@contextmanager
 def writing(path: Path) -> Iterator[None]:
     """
     Raises:

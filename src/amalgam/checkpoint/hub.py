@@ -8,6 +8,7 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
+from amalgam.base.files import reading
 from amalgam.base.folders import member
 from amalgam.errors import CheckpointError, describe
 
@@ -25,12 +26,15 @@ def resolve(path_or_hub_id: str) -> Path:
     only from repositories without safetensors.
 
     Raises:
-        CheckpointError: no such folder or file, and no hub id or not to be had from the hub.
+        CheckpointError: no such folder or file, or in a folder that cannot be read, and no hub id or not to be had from
+            the hub.
     """
     path = Path(path_or_hub_id).expanduser()
-    if path_or_hub_id.strip() and path.is_dir():
+    with reading(path):
+        is_folder, is_file = bool(path_or_hub_id.strip()) and path.is_dir(), path.is_file()
+    if is_folder:
         return path.absolute()
-    if path.is_file():
+    if is_file:
         if path.suffix == ".gguf":
             return path.absolute()
         raise CheckpointError(
@@ -64,7 +68,9 @@ def _download(hub_id: str, gguf: str | None) -> Path:
         ) from error
     if gguf is not None:
         return member(folder, gguf)
-    if not any(file.suffix in (".safetensors", ".bin") for file in folder.iterdir()):
+    with reading(folder):
+        has_weights = any(file.suffix in (".safetensors", ".bin") for file in folder.iterdir())
+    if not has_weights:
         raise CheckpointError(
             f"The hub's {hub_id!r} holds neither *.safetensors nor *.bin files.",
             remedy=f"To use a GGUF file of it, name the file: {hub_id}:NAME.gguf.",

@@ -14,6 +14,7 @@ from typing import Any, NoReturn
 
 import torch
 
+from amalgam.base.files import reading
 from amalgam.base.folders import member, read_json
 from amalgam.checkpoint.gguf import SUFFIX as GGUF_SUFFIX
 from amalgam.checkpoint.gguf import GgufShard, list_split, open_split
@@ -61,23 +62,11 @@ class TensorStore(Mapping[str, TensorEntry]):
         `pytorch_model-*.bin`, the one model in `*.gguf`.
 
         Raises:
-            CheckpointError: no folder, no weights, a missing or damaged file, or an index that its files contradict.
+            CheckpointError: no folder, or one that cannot be read, no weights, a missing or damaged file, or an index
+                that its files contradict.
         """
-        if folder.suffix == GGUF_SUFFIX and folder.is_file():
-            return cls(folder, open_split(list_split(folder)))
-        if not folder.is_dir():
-            raise CheckpointError(f"There is no folder {folder}.", remedy="Correct the path of the checkpoint.")
-        listing = _list_files(folder)
-        if listing.names[0].endswith(GGUF_SUFFIX):
-            return cls(folder, open_split([member(folder, name) for name in listing.names]))
-        opener = SafetensorsShard if listing.names[0].endswith(".safetensors") else PickleShard
-        shards: list[Shard] = [opener(member(folder, name)) for name in listing.names]
-        if listing.weight_map is not None:
-            _check_index(folder / listing.index, listing.weight_map, shards)
-        _check_shards(folder, listing.names)
-        if not any(shard.entries for shard in shards):
-            raise CheckpointError(f"{folder} holds no tensors, only empty files.", remedy="Download it again.")
-        return cls(folder, shards)
+        with reading(folder):
+            return cls(folder, _open_shards(folder))
 
     def __getitem__(self, name: str) -> TensorEntry:
         return self._entries[name]
@@ -147,6 +136,29 @@ class _Listing:
     names: list[str]
     index: str = ""
     weight_map: dict[str, str] | None = None
+
+
+def _open_shards(folder: Path) -> Sequence[Shard]:
+    """
+    Raises:
+        CheckpointError: see `TensorStore.open`.
+        OSError: the folder cannot be read.
+    """
+    if folder.suffix == GGUF_SUFFIX and folder.is_file():
+        return open_split(list_split(folder))
+    if not folder.is_dir():
+        raise CheckpointError(f"There is no folder {folder}.", remedy="Correct the path of the checkpoint.")
+    listing = _list_files(folder)
+    if listing.names[0].endswith(GGUF_SUFFIX):
+        return open_split([member(folder, name) for name in listing.names])
+    opener = SafetensorsShard if listing.names[0].endswith(".safetensors") else PickleShard
+    shards: list[Shard] = [opener(member(folder, name)) for name in listing.names]
+    if listing.weight_map is not None:
+        _check_index(folder / listing.index, listing.weight_map, shards)
+    _check_shards(folder, listing.names)
+    if not any(shard.entries for shard in shards):
+        raise CheckpointError(f"{folder} holds no tensors, only empty files.", remedy="Download it again.")
+    return shards
 
 
 def _list_files(folder: Path) -> _Listing:
