@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -19,7 +20,7 @@ from amalgam.formats.grid import QuantizeOptions
 from amalgam.tools.quantizing import external
 from amalgam.tools.quantizing.environment import Environment
 from amalgam.tools.quantizing.external import TOOLS, ExternalRecipe, quantize_with
-from tests.errors import raises
+from tests.errors import is_named, raises
 from tests.planning.conftest import small
 
 __all__ = ["small"]
@@ -151,6 +152,36 @@ def test_what_a_tool_has_forked_is_not_waited_for(small: Path, tmp_path: Path, s
     stand_in("import os, sys, time\nif os.fork() == 0:\n    time.sleep(3600)\nsys.exit('out of memory')")
     with raises(UnavailableError, "out of memory"):
         quantize_with(COMPRESSOR, here, str(small / "base"), tmp_path / "out", ROUNDED)
+
+
+def test_a_tool_that_does_not_end_hides_no_error(
+    small: Path,
+    tmp_path: Path,
+    stand_in: Callable[[str], None],
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """As while the kernel waits for a device: it is killed, and is still there."""
+    begun: list[subprocess.Popen[bytes]] = []
+
+    class Lasting(subprocess.Popen[bytes]):
+        def wait(self, timeout: float | None = None) -> int:
+            begun.append(self)
+            if timeout is not None:
+                raise subprocess.TimeoutExpired(self.args, timeout)
+            return super().wait()
+
+    def interrupt(what: str, done: int, total: int) -> None:
+        raise KeyboardInterrupt
+
+    stand_in(STAND_IN.replace("GIVEN", repr(str(small / "int4"))))
+    monkeypatch.setattr(subprocess, "Popen", Lasting)
+    with pytest.raises(KeyboardInterrupt):
+        quantize_with(COMPRESSOR, here, str(small / "base"), tmp_path / "out", ROUNDED, interrupt)
+    process = begun[0]
+    assert process.stdin is not None and process.stdin.closed
+    assert process.stdout is not None and process.stdout.closed
+    assert is_named(str(process.pid), caplog.text)
 
 
 def test_of_what_a_tool_says_the_end_is_read(small: Path, tmp_path: Path, stand_in: Callable[[str], None]) -> None:

@@ -11,6 +11,7 @@ values. The folder appears complete or not at all.
 from __future__ import annotations
 
 import json
+import logging
 import shutil
 import subprocess
 import threading
@@ -43,6 +44,8 @@ from amalgam.tools.quantizing import worker
 from amalgam.tools.quantizing.environment import Environment
 from amalgam.tools.quantizing.harmless import without_code
 from amalgam.tools.quantizing.processes import kill_group
+
+logger = logging.getLogger("amalgam.tools")
 
 _MAX_LINES = 30  # of what a tool says, in a message
 _MAX_LINE_BYTES = 2**16
@@ -350,7 +353,10 @@ def _kill_behind(process: subprocess.Popen[bytes]) -> None:
 def _end(process: subprocess.Popen[bytes]) -> None:
     """Kill what is left of a process and of its children."""
     kill_group(process)
-    process.wait(_SETTLE_SECONDS)
+    try:
+        process.wait(_SETTLE_SECONDS)
+    except subprocess.TimeoutExpired:  # as long as the kernel waits for a device; what went wrong before is told
+        logger.warning("process %d has been killed and has not ended yet", process.pid)
     for stream in (process.stdin, process.stdout):
         if stream is not None:
             stream.close()
