@@ -50,9 +50,8 @@ class Decoder:
         self.backend = choose(dtype, device)
         self._splitter = Splitter(self.backend, lambda name: choose(dtype, torch_device(name)))
         self._compiled: WeakKeyDictionary[WeightVersion, Compiled] = WeakKeyDictionary()
-        self._tables: WeakKeyDictionary[PackedWeight, Tables] = (
-            WeakKeyDictionary()
-        )  # of versions that have learned some
+        # Of versions that have learned some.
+        self._tables: WeakKeyDictionary[PackedWeight, Tables] = WeakKeyDictionary()
         self._fixed: Tables | None = None
 
     def compile(self, weights: WeightVersion) -> Compiled:

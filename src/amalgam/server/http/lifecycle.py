@@ -280,7 +280,7 @@ def _on_loop_error(loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> 
 class JSONErrorProtocol(H11Protocol):
     """Answers what is not HTTP in the shape of all other errors, and ends connections that send nothing, or slowly.
 
-    A request's head has the time that a connection may be idle. Of a body, the limit on its bytes is enough.
+    A request's head must arrive within the keep-alive time. `BodyLimit` limits the size and the time of a body.
     """
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]

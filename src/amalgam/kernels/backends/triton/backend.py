@@ -125,9 +125,8 @@ class TritonBackend(ByOperators):
         place = 0
         for one in program.instructions:
             if isinstance(one, Embed) and not isinstance(one.weight, TritonWeight):
-                yield replace(
-                    one, weight=TritonWeight.of(one.weight)
-                )  # which nobody has prepared: it multiplies nothing
+                # Nobody has prepared an embedding: it multiplies nothing.
+                yield replace(one, weight=TritonWeight.of(one.weight))
             elif isinstance(one, Mix):
                 yield replace(one, experts=self._prepared(one.experts, place))
                 place += 1
