@@ -16,7 +16,7 @@ from amalgam.composition.source import Source
 from amalgam.errors import CheckpointError, UnsupportedError
 from amalgam.formats.declared.config import parse_declaration, read_declaration
 from amalgam.formats.declared.keys import HARMLESS, TRANSFORMS, TRANSFORMS_OF_A_MODEL
-from amalgam.formats.declared.values import Declared
+from amalgam.formats.declared.values import UNDECLARED, Declared
 from tests.errors import is_named, raises
 from tests.formats.layouts import LAYOUTS, ct
 from tests.formats.published import PUBLISHED
@@ -217,9 +217,45 @@ def test_what_is_not_understood_is_refused_by_name(case: str) -> None:
         parse_declaration(config, "config.json")
 
 
+# What most modules are stored in: the layout, bits, what shares a scale, and how many inputs or which block that is.
+READ: dict[str, tuple[str | None, int | None, str | None, int | tuple[int, int] | None]] = {
+    "AutoGPTQ": ("gptq", 4, "group", 128),
+    "Optimum": ("gptq", 4, "group", 128),
+    "GPTQModel": ("gptq", 4, "group", 128),
+    "GPTQModel AWQ": ("awq", 4, "group", 128),
+    "GPTQModel FP8": ("float", 8, "block", (128, 128)),
+    "AutoAWQ": ("awq", 4, "group", 128),
+    "AutoAWQ's own names": ("awq", 4, "group", 128),
+    "AWQ by transformers": ("awq", 4, "group", 128),
+    "AutoRound": ("gptq", 4, "group", 128),
+    "AutoRound, older": ("gptq", 4, "group", 128),
+    "AutoRound AWQ": ("awq", 4, "group", 128),
+    "AutoRound MXFP4": (None, 4, None, None),
+    "AutoRound FP8": ("float", 8, "block", (128, 128)),
+    "AutoRound as GPTQ": ("gptq", 4, "group", 128),
+    "llm-compressor W4A16": ("pack-quantized", 4, "group", 128),
+    "llm-compressor FP8": ("float-quantized", 8, "channel", None),
+    "llm-compressor FP8 with a cache": ("float-quantized", 8, "tensor", None),
+    "llm-compressor of a pruned model": ("pack-quantized", 4, "group", 128),
+    "DeepSeek": ("ue8m0", 8, "block", (128, 128)),
+    "Qwen FP8": ("float", 8, "block", (128, 128)),
+    "FP8 under torch's name": ("float", 8, "block", (128, 128)),
+    "FP8 by transformers": ("float", 8, None, None),
+    "FBGEMM": (None, 8, "channel", None),
+    "ModelOpt": ("NVFP4", 4, "group", 16),
+    "ModelOpt, mixed": (None, None, None, None),
+    "bitsandbytes": ("nf4", 4, None, None),
+    "LLM.int8": ("int8", 8, "channel", None),
+    "HQQ": (None, 4, None, None),
+    "AQLM": (None, None, None, None),
+    "gpt-oss": (None, 4, "group", 32),
+}
+
+
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_published_declarations_are_read(name: str) -> None:
-    parse_declaration(PUBLISHED[name], "config.json")
+    found = parse_declaration(PUBLISHED[name], "config.json").default
+    assert (found.layout, found.bits, found.strategy, found.group_size or found.block) == READ[name]
 
 
 def objects(value: Mapping[str, Any], path: tuple[str, ...] = ()) -> Iterator[tuple[str, ...]]:
@@ -275,14 +311,14 @@ def test_rotations_beside_the_declaration_are_refused(key: str, tmp_path: Path) 
     for config in ({key: {"r1": True}}, {"text_config": {key: {"r1": True}}}):
         with raises(UnsupportedError, key):
             read_declaration(tmp_path, config)
-    read_declaration(tmp_path, {key: None})
+    assert read_declaration(tmp_path, {key: None}).default == UNDECLARED
 
 
 def test_synonyms_that_disagree_are_refused() -> None:
     for changes in ({"format": "gptq_v2", "checkpoint_format": "gptq"}, {"q_group_size": 64}, {"method": "awq"}):
         with raises(CheckpointError, next(iter(changes))):
             parse_declaration({**GPTQ, **changes}, "config.json")
-    parse_declaration({"quant_method": "awq", "bits": 4, "version": "GEMM", "format": "gemm"}, "config.json")
+    assert of({"quant_method": "awq", "bits": 4, "version": "GEMM", "format": "gemm"}, "x").layout == "awq"
 
 
 def test_side_files_are_read_whole_too(tmp_path: Path) -> None:
@@ -314,11 +350,23 @@ def test_scales_that_divide_are_declared_by_module() -> None:
     assert not of(PUBLISHED["DeepSeek"], "x.up_proj").divides_by_scale
 
 
-@pytest.mark.parametrize("pattern", ["(.|.)*!", "(a|a)*$", "(a|aa)+b", "(a+)+$", ".*" * 30 + "!", "(a*)*(a*)*b"])
-def test_patterns_take_time_linear_in_the_name(pattern: str) -> None:
+@pytest.mark.parametrize(
+    ("pattern", "matches"),
+    [
+        ("(.|.)*!", False),
+        ("(a|a)*$", True),
+        ("(a|aa)+b", False),
+        ("(a+)+$", True),
+        (".*" * 30 + "!", False),
+        ("(a*)*(a*)*b", False),
+    ],
+)
+def test_patterns_take_time_linear_in_the_name(pattern: str, matches: bool) -> None:
+    """A backtracking engine would take the age of the universe."""
     declaration = parse_declaration({**ct("pack-quantized", **INT4), "ignore": [f"re:{pattern}"]}, "config.json")
-    for rule, _ in declaration.rules:
-        rule("a" * 4000)  # with a backtracking engine, the age of the universe
+    (ignored, declared), *_ = declaration.rules
+    assert declared.is_quantized is False
+    assert ignored("a" * 4000) is matches
 
 
 @pytest.mark.parametrize(

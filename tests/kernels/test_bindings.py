@@ -72,7 +72,7 @@ def calls() -> dict[str, Call]:
         "rms_norm": (kernels.rms_norm, [x, x + 1, x + 2, floats(HIDDEN), x + 3, 1e-6, 1]),
         "rotate": (kernels.rotate, [floats(TOKENS, HEADS, DIM), half, half + 1, floats(TOKENS, HEADS, DIM), 1]),
         "swiglu": (kernels.swiglu, [x, x + 1, x + 2, 1.0, 0.0, 1e9, False, False, 1]),
-        "unpack": (kernels.unpack, [packed(5, 8), floats(5, 8), 1]),
+        "unpack": (kernels.unpack, [packed(5, 8), floats(5, 8) + 1, 1]),
         "embedding": (kernels.embedding, [packed(5, 8), torch.tensor([4, 0, 2]), floats(3, 8), 1]),
         "linear": (kernels.linear, [x, [(packed(WIDTH, HIDDEN), floats(WIDTH), floats(TOKENS, WIDTH))], 1]),
         "route": (kernels.route, [packed(EXPERTS, HIDDEN), x, True, 0.0, ids.clone(), gates, 1]),
@@ -251,10 +251,30 @@ def with_one(arguments: Any, path: Sequence[int], other: object) -> Any:
     return type(arguments)(changed)
 
 
+# Where each function leaves its results; others return what they make. Of what is cached, codes and scales.
+WRITTEN: dict[str, list[tuple[int, ...]]] = {
+    "attend": [(4,)],
+    "attend_cached": [(3, 0), (3, 1), (4, 0), (4, 1), (12,)],
+    "embedding": [(2,)],
+    "linear": [(1, 0, 2)],
+    "moe": [(4,)],
+    "rms_norm": [(2,), (4,)],
+    "rotate": [(3,)],
+    "route": [(4,), (5,)],
+    "swiglu": [(2,)],
+    "unpack": [(1,)],
+    "write_kv": [(0, 0), (0, 1), (1, 0), (1, 1)],
+}
+
+
 @pytest.mark.parametrize("name", NAMES)
-def test_what_fits_is_taken(name: str) -> None:
+def test_what_fits_is_taken_and_results_are_written_alone(name: str) -> None:
     function, arguments = calls()[name]
-    function(*arguments)
+    before = [(path, tensor.clone()) for path, tensor in places(arguments)]
+    made = function(*arguments)
+    after = dict(places(arguments))
+    assert [path for path, tensor in before if not torch.equal(after[path], tensor)] == WRITTEN.get(name, [])
+    assert (made is None) == (name in WRITTEN or name == "Experts.add")
 
 
 @pytest.mark.parametrize("name", NAMES)

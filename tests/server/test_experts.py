@@ -47,7 +47,7 @@ def test_expert_stats(client: httpx.Client) -> None:
     assert summary["total_activations"] == NUM_TOKENS * 2 * 2
     assert (summary["total_tokens"], summary["total_requests"]) == (NUM_TOKENS, 1)
     assert (summary["total_layers"], summary["total_experts"]) == (2, 8)
-    assert summary["uptime"] >= 0
+    assert summary["uptime"] > 0
     assert answer["expert_stats"][0].keys() >= {"layer_id", "expert_id", "activation_count", "last_activation"}
     assert [item["layer_id"] for item in answer["layer_stats"]] == [0, 2]
     assert [(item["layer_id"], item["expert_id"]) for item in answer["top_experts"][:2]] == [(0, 3), (2, 3)]
@@ -120,7 +120,7 @@ def test_expert_stats_carry_hints_drift_and_labels(client: httpx.Client) -> None
     assert answer["drift"]["tokens"] == NUM_TOKENS
     row = answer["layer_stats"][0]
     assert row.keys() >= {"gini", "max_violation", "mean_to_max", "coverage", "num_dead_experts", "num_hot_experts"}
-    assert answer["expert_stats"][0]["decaying_rate"] >= 0
+    assert answer["expert_stats"][0]["decaying_rate"] > 0
 
 
 def test_grid(client: httpx.Client) -> None:

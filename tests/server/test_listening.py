@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import shutil
@@ -104,6 +105,23 @@ def make_pair(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], tuple
     return make
 
 
+def der_of(cert: Path) -> bytes:
+    return ssl.PEM_cert_to_DER_cert(cert.read_text())
+
+
+def shown_by(certificate: Certificate) -> bytes | None:
+    """The certificate that a connection gets, in DER."""
+    trusting = ssl.create_default_context()
+    trusting.check_hostname, trusting.verify_mode = False, ssl.CERT_NONE
+    to_client, to_server = ssl.MemoryBIO(), ssl.MemoryBIO()
+    client = trusting.wrap_bio(to_client, to_server)
+    server = certificate.context.wrap_bio(to_server, to_client, server_side=True)
+    for side in (client, server, client):
+        with contextlib.suppress(ssl.SSLWantReadError):  # the other side's turn
+            side.do_handshake()
+    return client.getpeercert(binary_form=True)
+
+
 @needs_openssl
 def test_https(make_pair: Callable[[str], tuple[Path, Path]]) -> None:
     cert, key = make_pair("one")
@@ -129,13 +147,17 @@ def test_a_certificate_is_read_again_and_a_bad_one_changes_nothing(
     settings = fake_settings(port=0, tls_cert=str(cert), tls_key=str(key))
     certificate = certificate_of(settings.server)
     assert certificate is not None
+    old = der_of(cert)
+    assert shown_by(certificate) == old
     cert.write_bytes(new_cert.read_bytes())
     with raises(ConfigError, key):  # the key has not followed yet
         certificate.reload()
+    assert shown_by(certificate) == old
     key.write_bytes(new_key.read_bytes())
     reload = reloading(settings, KeyRing(settings.server), certificate)
     assert reload is not None
     reload()
+    assert shown_by(certificate) == der_of(new_cert) != old
 
 
 @needs_openssl
@@ -167,7 +189,7 @@ def test_one_file_may_hold_both(make_pair: Callable[[str], tuple[Path, Path]], t
     cert, key = make_pair("a")
     both = tmp_path / "both.pem"
     both.write_bytes(key.read_bytes() + cert.read_bytes())
-    Certificate(fake_settings(tls_cert=str(both)).server)
+    assert shown_by(Certificate(fake_settings(tls_cert=str(both)).server)) == der_of(cert)
 
 
 def test_a_path_behind_a_proxy_whether_the_proxy_takes_it_away_or_not() -> None:
