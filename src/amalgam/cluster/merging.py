@@ -47,7 +47,7 @@ def merge_readings(readings: Sequence[Reading]) -> Reading:
             "num_prompt_tokens": sum(reading.num_prompt_tokens for reading in readings),
             "num_new_tokens": sum(reading.num_new_tokens for reading in readings),
             "finished": added(reading.finished for reading in readings),
-            "points": _merge_points([reading.points for reading in readings], now),
+            "points": _merge_points([reading.points for reading in readings]),
             "latencies": [latency for reading in readings for latency in reading.latencies],
             "counts": Counts(*map(sum, zip(*(reading.counts for reading in readings), strict=True))),
             "speculation": _merge_speculations(speculations) if speculations else None,
@@ -126,7 +126,7 @@ def added(counts: Iterable[Mapping[T, int]]) -> dict[T, int]:
     return dict(found)
 
 
-def _merge_points(series: Sequence[Sequence[Point]], now: float) -> list[Point]:
+def _merge_points(series: Sequence[Sequence[Point]]) -> list[Point]:
     """Each replica's intervals begin when its own do; the merged ones begin at even multiples."""
     places: defaultdict[int, list[Point]] = defaultdict(list)
     for points in series:

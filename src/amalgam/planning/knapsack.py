@@ -101,7 +101,7 @@ def solve(
     best = float(loss[rows, choice].sum())
     num_open = 0
     if best - bound > gap * abs(best):
-        core = _core(loss, cost, budget, price, best, bound)
+        core = _core(loss, cost, price, best, bound)
         num_open = int((core.sum(axis=1) > 1).sum())
         if core.sum() - len(loss) <= _EXACT_OPTIONS:
             choice, bound = _exact(loss, cost, budget, core, choice, bound, gap, allowance or Allowance(20.0))
@@ -173,7 +173,7 @@ def _filled(choice: npt.NDArray[np.int64], loss: Floats, cost: Floats, budget: f
     return choice
 
 
-def _core(loss: Floats, cost: Floats, budget: float, price: float, best: float, bound: float) -> npt.NDArray[np.bool_]:
+def _core(loss: Floats, cost: Floats, price: float, best: float, bound: float) -> npt.NDArray[np.bool_]:
     """Which options a better choice than the one at hand may hold: `[items, options]`."""
     total = loss + price * np.where(np.isfinite(cost), cost, 0.0)
     penalty = total - total.min(axis=1, keepdims=True)

@@ -262,7 +262,7 @@ class _Core:
             solver.setOptionValue(name, value)
         solver.passModel(model)
         if known is not None:
-            self._start(solver, model, columns, open_groups, known)
+            self._start(solver, columns, open_groups, known)
         allowance.run(solver)
         info = solver.getInfo()
         found = known
@@ -337,7 +337,6 @@ class _Core:
     def _start(
         self,
         solver: highspy.Highs,
-        model: highspy.HighsLp,
         columns: Integers,
         open_groups: Integers,
         known: tuple[Integers, Integers],

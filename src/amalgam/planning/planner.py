@@ -166,7 +166,7 @@ class Planner:
         verdict = judge(self.held_out, choice, self._fitting(self.rivals(cost, found), budget))
         if self.devices is not None and placement is not None and list(verdict.choice) != choice:
             placement = place_chosen(verdict.choice, self.devices.places(), self.devices.groups)
-        return Plan(budget, solution, verdict, checks, self._remarks(cost, verdict), placement)
+        return Plan(budget, solution, verdict, checks, self._remarks(verdict), placement)
 
     def _solved(self, found: Floats, cost: Costs, budget: Budget) -> tuple[Solution, Placement | None]:
         if not budget.devices:
@@ -206,7 +206,7 @@ class Planner:
             RANDOM: {RANDOM: random_plan(problem, values, budget, seed)},
         }
 
-    def _remarks(self, cost: Costs, verdict: Verdict) -> list[str]:
+    def _remarks(self, verdict: Verdict) -> list[str]:
         found = [self.use.remark()]
         kinds = {rival.kind for rival in verdict.rivals}
         found += [f"No {kind} plan of these sources is within the budget." for kind in DECIDING if kind not in kinds]

@@ -310,7 +310,7 @@ class Autoplan:
             num_changed=sum(one != other for one, other in zip(candidate.choice, now, strict=True)),
             expected_gain=candidate.expected_gain,
         )
-        reference, transient = self._reference(version, candidate, now, limits)
+        reference, transient = self._reference(candidate, now, limits)
         verdict = following.before_shadowing(
             candidate,
             now,
@@ -382,9 +382,7 @@ class Autoplan:
             found.append(weight if other is None else other)
         return found
 
-    def _reference(
-        self, version: WeightVersion, candidate: Candidate, now: Sequence[int], limits: Limits
-    ) -> tuple[list[int], int]:
+    def _reference(self, candidate: Candidate, now: Sequence[int], limits: Limits) -> tuple[list[int], int]:
         """The widest choice that there is room for beside versions in use and the candidate, and what all would take.
 
         Where there is room for none that is wider than both plans, what the narrowest of them would take.

@@ -267,7 +267,7 @@ def fit_model(
     found = hardware(settings) if card is None else detect_hardware(settings, card)
     if found.far_room_bytes and measures:
         found = replace(found, far_bandwidth=read_bandwidth())
-    needs = _needs(settings, loader, wanted, device)
+    needs = _needs(settings, loader, wanted)
     stock = Stock(settings, loader, config)
     ways = list(stock.ways())
     speeds: list[float | None] = [None] * len(ways)
@@ -294,13 +294,12 @@ def fit_model(
     )
 
 
-def _needs(settings: Settings, loader: ModelLoader, wanted: Wanted, device: torch.device) -> Needs:
+def _needs(settings: Settings, loader: ModelLoader, wanted: Wanted) -> Needs:
     dtype: torch.dtype = getattr(torch, settings.inference.dtype)
     engine = settings.engine
     per_block = KVCache.bytes_per_block(loader.spec, engine.block_size, kv_type(engine.kv_dtype, dtype))
     step = min(engine.max_step_tokens, wanted.sequences * wanted.context)
     one, two = (workspace_bytes(loader.spec, step, count, dtype) for count in (1, 2))
-    # This process has a program and a tokenizer too, so what it takes is no more available.
     states = STATES_PER_SEQUENCE * loader.spec.state_bytes
     draft = draft_bytes(settings, loader, 0)
     draft_per_block = draft_bytes(settings, loader, 1) - draft

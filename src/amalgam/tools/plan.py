@@ -332,7 +332,7 @@ def make_plan(
         room = _room(report) if report.shares else None
         write_config(out, settings, report.rules, _comments(report), config, devices=room, force=force)
     if frontier is not None:
-        points = planner.frontier(_budgets(planner, wanted))
+        points = planner.frontier(_budgets(planner))
         page = frontier_html(points, plan_name(settings), f"{planner.held_out.reference.sample.num_tokens} tokens")
         with writing(frontier):
             replace_file(frontier, page)
@@ -426,7 +426,7 @@ def _comments(report: PlanReport) -> list[str]:
     ]
 
 
-def _budgets(planner: Planner, wanted: Budget) -> list[Budget]:
+def _budgets(planner: Planner) -> list[Budget]:
     """Bits per weight from the smallest plan to 8 or so, for the frontier."""
     low, high = (8 * value / planner.problem.num_weights for value in planner.range_of("stored"))
     high = min(high, max(8.5, low + 1))

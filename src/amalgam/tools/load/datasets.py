@@ -191,7 +191,7 @@ def repeated(questions: Sequence[Question]) -> Iterator[Question]:
 
 def _rows(path: Path, content: bytes) -> Iterator[tuple[str, Any]]:
     content = content.removeprefix(codecs.BOM_UTF8)
-    if content.lstrip()[:1] == b"[" and (rows := _as_list(path, content)) is not None:
+    if content.lstrip()[:1] == b"[" and (rows := _as_list(content)) is not None:
         for number, row in enumerate(rows, 1):
             yield f"{path}, row {number},", row
         return
@@ -204,7 +204,7 @@ def _rows(path: Path, content: bytes) -> Iterator[tuple[str, Any]]:
             raise ConfigError(f"{path}, line {number}, is no JSON: {error}.", remedy="Correct it.") from None
 
 
-def _as_list(path: Path, content: bytes) -> list[Any] | None:
+def _as_list(content: bytes) -> list[Any] | None:
     try:
         value = parse_json(content)
     except ValueError:

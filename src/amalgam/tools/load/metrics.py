@@ -15,7 +15,7 @@ import numpy as np
 
 from amalgam.errors import ConfigError, describe
 from amalgam.tools.load.client import Answer
-from amalgam.tools.load.running import Generator, Load, Measured
+from amalgam.tools.load.running import Load, Measured
 
 PERCENTILES = (50, 90, 95, 99)
 SLOPE_SHARE = 2 / 3  # of the sending time, its end, in which it is looked at whether requests under way become more
@@ -238,7 +238,7 @@ def figures(measured: Measured, objectives: Mapping[str, float] | None = None) -
         send_lag=send_lag,
         loop_lag=loop_lag,
         cpu_share=cpu_share,
-        distortion=_distortion(measured.generator, latencies["itl"], loop_lag, cpu_share),
+        distortion=_distortion(latencies["itl"], loop_lag, cpu_share),
         is_gone=measured.is_gone,
     )
 
@@ -309,7 +309,7 @@ def _under_way(measured: Measured) -> tuple[int, float]:
     return int(numbers.max()), slope
 
 
-def _distortion(generator: Generator, gaps: Distribution | None, lag: Distribution | None, cpu_share: float) -> str:
+def _distortion(gaps: Distribution | None, lag: Distribution | None, cpu_share: float) -> str:
     if cpu_share > _MAX_CPU_SHARE:
         return f"The sending program used {cpu_share:.0%} of a processor: it is the limit, not the server."
     if lag is not None and gaps is not None and lag.p99 > max(_MIN_LAG_SECONDS, _MAX_LAG_SHARE * gaps.p50):

@@ -57,9 +57,9 @@ def open_environment(
     if not folder.exists():
         say(f"Making an environment with {', '.join(requirements)} in {folder}. It stays there for the next time.")
         with resumable_folder(folder, lambda partial: False) as partial:
-            _run([sys.executable, "-m", "venv", str(partial)], folder, requirements)
+            _run([sys.executable, "-m", "venv", str(partial)], requirements)
             new = str(partial / _PYTHON)
-            _run([new, "-I", "-m", "pip", "install", *requirements], folder, requirements)
+            _run([new, "-I", "-m", "pip", "install", *requirements], requirements)
             _version(new, distribution, folder, requirements)
     python = folder.absolute() / _PYTHON
     return Environment(python, _version(str(python), distribution, folder, requirements))
@@ -75,7 +75,7 @@ def _version(python: str, distribution: str, folder: Path, requirements: Sequenc
     return result.stdout.strip()
 
 
-def _run(command: Sequence[str], folder: Path, requirements: Sequence[str]) -> None:
+def _run(command: Sequence[str], requirements: Sequence[str]) -> None:
     process = subprocess.Popen(
         command,
         stdin=subprocess.DEVNULL,

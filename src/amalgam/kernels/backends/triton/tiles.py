@@ -149,7 +149,7 @@ def expand(codes, parts, KIND: tl.constexpr, row, is_row, inputs, first, COMPUTE
 
 
 @triton.jit
-def codes_at(parts, KIND: tl.constexpr, row, is_row, byte, WIDTH: tl.constexpr):
+def codes_at(parts, row, is_row, byte, WIDTH: tl.constexpr):
     """uint8 `[rows, n]`; width: bytes in a row of the weight."""
     where = pointer(parts, WEIGHT, tl.uint8) + row.to(tl.int64)[:, None] * WIDTH + byte[None, :]
     return tl.load(where, mask=is_row[:, None] & (byte < WIDTH)[None, :], other=0)
@@ -171,7 +171,7 @@ def add_step(sums, x, parts, KIND: tl.constexpr, row, is_row, first, COMPUTE: tl
         part = product(value.to(COMPUTE), tl.trans(x), part)
     elif KIND.is_narrow:
         byte = first // 2 + tl.arange(0, STEP // 2)
-        codes = codes_at(parts, KIND, row, is_row, byte, KIND.inputs // 2)
+        codes = codes_at(parts, row, is_row, byte, KIND.inputs // 2)
         even, odd = tl.split(tl.reshape(x, (NUM_ROWS, STEP // 2, 2)))
         low = expand(codes & 15, parts, KIND, row, is_row, 2 * byte, first, COMPUTE)
         high = expand(codes >> 4, parts, KIND, row, is_row, 2 * byte + 1, first, COMPUTE)
@@ -179,7 +179,7 @@ def add_step(sums, x, parts, KIND: tl.constexpr, row, is_row, first, COMPUTE: tl
         part = product(high, tl.trans(odd), part)
     else:
         inputs = first + tl.arange(0, STEP)
-        codes = codes_at(parts, KIND, row, is_row, inputs, KIND.inputs)
+        codes = codes_at(parts, row, is_row, inputs, KIND.inputs)
         value = expand(codes, parts, KIND, row, is_row, inputs, first, COMPUTE)
         part = product(value, tl.trans(x), part)
     if KIND.scaling == "step":

@@ -174,7 +174,7 @@ class _Answering:
             if not (output.text or output.is_finished or shows_tokens or (is_first and body.echo)):
                 continue
             has_begun.add(index)
-            make = partial(self._chunk, names, shapes.get(index), index, output, is_first=is_first)
+            make = partial(self._chunk, shapes.get(index), index, output, is_first=is_first)
             is_long = output.trace is not None or output.prompt_logprobs
             choice = await asyncio.to_thread(make) if is_long else make()
             chunk = {**self.head.fields(version if output.is_finished else None), "choices": [choice]}
@@ -213,7 +213,7 @@ class _Answering:
         return choice
 
     def _chunk(
-        self, names: TokenNames, shape: LegacyLogprobs | None, index: int, output: RequestOutput, *, is_first: bool
+        self, shape: LegacyLogprobs | None, index: int, output: RequestOutput, *, is_first: bool
     ) -> dict[str, Any]:
         body = self.body
         prompt_ids = self.prompts_ids[index // body.n]
