@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import importlib.util
 import json
 import os
 import shutil
@@ -18,7 +19,6 @@ from weakref import ref
 import pytest
 import torch
 
-from amalgam.base import mapping
 from amalgam.checkpoint.shards import MappedShard, PickleShard
 from amalgam.checkpoint.store import TensorStore
 from amalgam.checkpoint.writer import write_checkpoint
@@ -61,7 +61,9 @@ CONFIG = {
 PROMPT = [40, 50, 60, 70, 80]
 NUM_WEIGHTS = 2 * 4 * 3
 
-needs_watching = pytest.mark.skipif(not mapping.IS_WATCHED, reason="the extension that watches is not built")
+needs_watching = pytest.mark.skipif(
+    importlib.util.find_spec("amalgam._mapping") is None, reason="the extension that watches is not built"
+)
 
 
 def write_model(folder: Path, noise: float = 0.0) -> None:

@@ -18,7 +18,6 @@ try:
 except ImportError:  # built without a C++ compiler
     _mapping = None  # type: ignore[assignment]
 
-IS_WATCHED = _mapping is not None
 # Without it, Linux refuses to map a file larger than the machine's memory writably, although we never write.
 _NORESERVE = 0x4000 if sys.platform == "linux" else 0
 

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from amalgam.kernels.backends.cpu import extension
 from amalgam.kernels.backends.cpu.program import CpuProgram
 from amalgam.kernels.layouts import SCALED8
 from amalgam.kernels.packed import PackedWeight
@@ -98,9 +99,10 @@ def assert_same(decoder: Decoder, version: WeightVersion, *, is_exact: bool = Tr
 
 
 def is_one_call(decoder: Decoder, version: WeightVersion) -> bool:
+    """Whether the extension runs the whole step, if no token has positions to choose from."""
     compiled = decoder.compile(version)
     assert isinstance(compiled, CpuProgram)
-    return compiled.is_one_call
+    return {who for kind, who in compiled.describe().items() if kind != "choose"} == {f"native ({extension.isa()})"}
 
 
 def step_logits(decoder: Decoder, version: WeightVersion, kv_type: torch.dtype | None = None) -> list[Tensor]:

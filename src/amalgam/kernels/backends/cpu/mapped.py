@@ -22,7 +22,6 @@ from amalgam.kernels.backends.cpu.panels import Panels
 from amalgam.kernels.layouts import DENSE, LAYOUTS, is_known
 from amalgam.kernels.packed import PackedWeight
 
-RUN_ALIGNMENT = 64
 _DTYPES = {
     "float32": torch.float32,
     "bfloat16": torch.bfloat16,

@@ -91,11 +91,6 @@ class CpuProgram:
         self._interpreted.add(number)
         self._parts.append((instruction, encoder.num_routes - 1))
 
-    @property
-    def is_one_call(self) -> bool:
-        """Whether the extension runs the whole step, if no token has positions to choose from."""
-        return len(self._parts_without_choice) == 1 and isinstance(self._parts_without_choice[0][0], int)
-
     def warm_up(self, kv: Cache) -> None:
         pass
 
