@@ -77,6 +77,14 @@ def test_other_settings_of_a_family(family: str, changes: dict[str, Any], tmp_pa
     assert_same(decoder, version, is_exact=family not in ROUNDS_OTHERWISE and changes is not GEMMA4_MOE)
 
 
+@pytest.mark.parametrize(("family", "runs"), [("gpt2", "torch (cpu)"), ("qwen3", None)])
+def test_a_norm_with_a_bias_has_no_compiled_operator(family: str, runs: str | None, tmp_path: Path) -> None:
+    save_tiny(FAMILIES[family], tmp_path)
+    decoder, version = load_model(tmp_path)
+    said = interpreted(decoder).compile(version).describe()
+    assert said["normalize"] == (runs or f"native operators ({extension.isa()})")
+
+
 def test_float16_is_interpreted(tmp_path: Path) -> None:
     save_tiny(FAMILIES["qwen3_moe"], tmp_path)
     decoder, version = load_model(tmp_path, dtype=torch.float16)

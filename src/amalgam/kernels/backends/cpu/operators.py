@@ -153,7 +153,7 @@ def who_runs(instruction: Instruction, dtype: torch.dtype) -> str:
             is_compiled = isinstance(weight, PanelWeight)
         case Mix(experts=experts):
             is_compiled = isinstance(experts, products.PanelExperts)
-        case Attend() | AttendLatent() | KeepIndexKey() | Choose() | Normalize() | SwiGlu():
+        case Attend() | AttendLatent() | KeepIndexKey() | Choose() | Normalize(bias=None) | SwiGlu():
             is_compiled = dtype in extension.FLOAT_TYPES
         case Route(weight=weight):
             is_compiled = isinstance(weight, PanelWeight) and dtype in extension.FLOAT_TYPES
