@@ -41,6 +41,18 @@ def all_made(monkeypatch, module, name):
     return made
 
 
+class Failing:
+    """A callback that raises."""
+
+    def __init__(self, error):
+        self.error = error
+        self.num_calls = 0
+
+    def __call__(self, *told):
+        self.num_calls += 1
+        raise self.error
+
+
 class Outputs:
     """A callback that keeps what it gets."""
 
@@ -57,6 +69,10 @@ class Outputs:
     def last(self):
         assert self._done.wait(60), "never finished"
         return self.all[-1]
+
+    @property
+    def num_last(self):
+        return sum(output.is_finished for output in self.all)
 
     @property
     def token_ids(self):

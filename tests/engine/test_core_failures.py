@@ -2,14 +2,17 @@
 
 import pytest
 
-from amalgam.engine.request import FinishReason
+from amalgam.config.settings import StatisticsSettings
+from amalgam.engine.meter import Meter
+from amalgam.engine.request import FinishReason, Observation
 from amalgam.engine.scheduler import Scheduler
 from amalgam.errors import UnavailableError
+from amalgam.experts.tracker import ExpertTracker
 from tests.engine.fakes import (
     FakeDecoder,
     greedy_tokens,
 )
-from tests.engine.running import GREEDY, is_at_rest, wait_until
+from tests.engine.running import GREEDY, Failing, Outputs, is_at_rest, wait_until
 from tests.errors import is_named, raises
 
 
@@ -69,6 +72,25 @@ class TestFailures:
         assert all(isinstance(output.last().error, UnavailableError) for output in outputs)
         wait_until(lambda: not engine.status().is_alive)
 
+    def test_an_error_between_two_last_outputs_tells_nobody_twice(self, make_engine, submit, monkeypatch):
+        engine = make_engine(starts=False)
+        outputs = [submit(engine, [prompt]) for prompt in (5, 6, 7)]
+        add_finished, calls = Meter.add_finished, []
+
+        def fail_once(meter, output):
+            calls.append(output)
+            if len(calls) == 2:
+                raise MemoryError("no memory")
+            add_finished(meter, output)
+
+        monkeypatch.setattr(Meter, "add_finished", fail_once)
+        engine.start()
+        assert outputs[0].last().finish_reason is FinishReason.LENGTH
+        assert all(isinstance(output.last().error, UnavailableError) for output in outputs[1:])
+        engine.stop()
+        assert [output.num_last for output in outputs] == [1, 1, 1]
+        assert engine.drain(0)
+
     def test_logits_that_are_not_finite_end_their_request_only(self, make_engine, submit):
         decoder = FakeDecoder()
         decoder.nan_token = 666
@@ -81,19 +103,68 @@ class TestFailures:
         assert good.token_ids == greedy_tokens([6], 12)
         wait_until(lambda: is_at_rest(engine))
 
-    def test_a_callback_that_raises_ends_its_request_only(self, make_engine, submit):
+    @pytest.mark.parametrize("error", [ValueError("nobody listens"), SystemExit()])
+    def test_a_callback_that_raises_ends_its_request_only(self, make_engine, submit, error):
         engine = make_engine(starts=False)
-        num_calls = 0
-
-        def broken(output):
-            nonlocal num_calls
-            num_calls += 1
-            raise ValueError("nobody listens")
-
+        broken = Failing(error)
         engine.submit([5], GREEDY, broken)
         good = submit(engine, [6])
         engine.start()
         good.last()
         assert good.token_ids == greedy_tokens([6], 12)
         wait_until(lambda: is_at_rest(engine))
-        assert num_calls == 2  # the first output, and that it was cancelled
+        assert broken.num_calls == 2  # the first output, and that it was cancelled
+
+
+@pytest.mark.parametrize("error", [RuntimeError("can't start new thread"), SystemExit()])
+class TestObservers:
+    """One that raises keeps no caller from exactly one last output, and the engine from no step."""
+
+    @pytest.mark.parametrize("name", ["on_ended", "on_left"])
+    def test_requests_end_as_without_it(self, make_engine, submit, name, error):
+        engine = make_engine(starts=False)
+        setattr(engine, name, observer := Failing(error))
+        outputs = [submit(engine, [prompt]) for prompt in (5, 6, 7)]
+        engine.start()
+        assert [output.last().finish_reason for output in outputs] == [FinishReason.LENGTH] * 3
+        outputs.append(submit(engine, [8]))
+        assert outputs[-1].last().finish_reason is FinishReason.LENGTH
+        assert engine.drain(60) and engine.status().is_alive
+        engine.stop()
+        assert [output.token_ids for output in outputs] == [greedy_tokens([prompt], 12) for prompt in (5, 6, 7, 8)]
+        assert [output.num_last for output in outputs] == [1] * 4
+        assert observer.num_calls > 1
+
+    def test_a_trace_that_cannot_be_had_is_left_out(self, make_engine, monkeypatch, error):
+        monkeypatch.setattr(ExpertTracker, "take_trace", Failing(error))
+        engine = make_engine(observer=ExpertTracker((0,), 8, 2, StatisticsSettings()))
+        for prompt in ([5], [6]):
+            (answer,) = engine.generate([prompt], GREEDY, Observation(wants_trace=True))
+            assert (answer.error, answer.trace, answer.token_ids) == (None, None, greedy_tokens(prompt, 12))
+        assert engine.status().is_alive
+
+    def test_an_engine_that_stops_answers_everyone(self, make_engine, submit, error):
+        engine = make_engine(starts=False)
+        engine.on_ended, engine.on_left = Failing(error), Failing(error)
+        first = submit(engine, [5])
+        engine.submit([6], GREEDY, broken := Failing(error))
+        last = submit(engine, [7])
+        engine.stop()
+        assert [isinstance(output.last().error, UnavailableError) for output in (first, last)] == [True, True]
+        assert (first.num_last, broken.num_calls, last.num_last) == (1, 1, 1)
+        assert engine.drain(0)
+
+
+def test_a_callback_that_stops_an_engine_which_stops_is_told_once(make_engine, submit):
+    engine = make_engine(starts=False)
+    first = Outputs()
+
+    def stop(output):
+        first(output)
+        engine.stop()
+
+    engine.submit([5], GREEDY, stop)
+    last = submit(engine, [6])
+    engine.stop()
+    assert (first.num_last, last.num_last) == (1, 1)
+    assert engine.drain(0)

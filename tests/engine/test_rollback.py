@@ -14,7 +14,7 @@ from amalgam.engine.request import FinishReason, Observation
 from amalgam.engine.sampler import NonFiniteLogitsError
 from amalgam.experts.tracker import ExpertTracker
 from tests.engine.fakes import FakeDecoder, FakeVersion, greedy_tokens
-from tests.engine.running import GREEDY, Outputs, is_at_rest, random_prompts, wait_until
+from tests.engine.running import GREEDY, Failing, Outputs, is_at_rest, random_prompts, wait_until
 from tests.errors import is_named
 
 
@@ -64,6 +64,16 @@ def test_requests_that_had_sent_nothing_run_again_on_the_version_before(held, su
     assert left.num_restarted > 0 and (str(error) if error else "NaN") in left.reason
     assert engine.version.version_id == 1
     wait_until(lambda: is_at_rest(engine))
+
+
+@pytest.mark.parametrize("error", [None, RuntimeError("the kernel broke")])
+def test_requests_run_again_though_nobody_takes_the_news(held, submit, error):
+    engine, (output,), _ = held(FailingDecoder(error=error), [[5]])
+    engine.on_version_failed = observer = Failing(RuntimeError("can't start new thread"))
+    engine.start()
+    assert (output.last().error, output.last().usage.version) == (None, 1)
+    assert submit(engine, [6]).last().error is None
+    assert (observer.num_calls, engine.version.version_id) == (1, 1)
 
 
 def test_those_that_had_begun_to_answer_end_with_an_error_that_says_so(held):

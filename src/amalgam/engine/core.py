@@ -16,6 +16,7 @@ import time
 from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from collections.abc import Set as AbstractSet
 from contextlib import contextmanager
+from typing import TypeVar, TypeVarTuple
 
 import torch
 
@@ -56,6 +57,9 @@ from amalgam.models.weights import WeightVersion
 from amalgam.text.grammar import CompiledGrammar
 from amalgam.text.stream import TextStream
 from amalgam.text.tokenizer import Tokenizer
+
+T = TypeVar("T")
+Told = TypeVarTuple("Told")
 
 logger = logging.getLogger("amalgam.engine")
 
@@ -141,6 +145,7 @@ class Engine(Asking):
         self._next_id = 1
         self._is_draining = False
         self._end_reason: str | None = None  # why nothing is computed any more
+        self._has_abandoned = False  # then those who were left have been answered
 
     def _new_states(self) -> StatePool | None:
         num_states = self._runner.num_states
@@ -432,9 +437,8 @@ class Engine(Asking):
                     self._rollback.succeed(plan.version)
             if ended or doubtful:  # otherwise the load is as it was before the step
                 self._note_load()
-        if self.on_version_failed is not None:
-            for failed in left:
-                self.on_version_failed(failed)
+        for failed in left:
+            _tell(self.on_version_failed, failed)
         return deliveries + more
 
     def _finish_cancelled(self) -> Deliveries:
@@ -503,8 +507,8 @@ class Engine(Asking):
             self._num_failures += 1
             if self._num_failures >= _MAX_FAILURES or isinstance(error, _FATAL):
                 self._fail(error)
-        elif self.on_version_failed is not None:
-            self.on_version_failed(left)
+        else:
+            _tell(self.on_version_failed, left)
         return [
             (request, output._replace(text=one.text, token_ids=one.token_ids, logprobs=one.logprobs))
             if (one := got.get(request.request_id))
@@ -559,30 +563,36 @@ class Engine(Asking):
         self.meter.set_load(load, scheduler.counts)
 
     def _deliver(self, deliveries: Deliveries) -> None:
-        observer = self._runner.observer
         ended: list[int] = []
-        for request, output in deliveries:
-            if output.is_finished:
-                ended.append(request.request_id)
-                self.meter.add_finished(output)
-                if observer is not None and request.observation.wants_trace:
-                    output = output._replace(trace=observer.take_trace(request.request_id))
-                if self.on_ended is not None:
-                    self.on_ended(request, output)
-            try:
-                request.on_output(output)
-            except Exception as error:
-                logger.warning("Nobody takes the outputs of request %d: it ends.", request.request_id, exc_info=error)
-                self.cancel(request.request_id)
-        if not ended:
-            return
-        with self._condition:
-            for request_id in ended:
-                del self._requests[request_id]
-            self._condition.notify_all()
-        if self.on_left is not None:
+        try:
+            for request, output in deliveries:
+                if output.is_finished:
+                    output = self._show(request, output)
+                    ended.append(request.request_id)
+                try:
+                    request.on_output(output)
+                except BaseException as error:  # one that ends a thread must not end this one: others wait for outputs
+                    what = "Nobody takes the outputs of request %d: it ends."
+                    logger.warning(what, request.request_id, exc_info=error)
+                    self.cancel(request.request_id)
+        finally:  # whatever has gone wrong, who has got a last output gets no second one
+            if ended:
+                with self._condition:
+                    for request_id in ended:
+                        del self._requests[request_id]
+                    self._condition.notify_all()
+        if ended:
             for version_id in {output.usage.version for _, output in deliveries if output.usage is not None}:
-                self.on_left(version_id)
+                _tell(self.on_left, version_id)
+
+    def _show(self, request: Request, output: RequestOutput) -> RequestOutput:
+        """Count a last output and show it to those who observe requests; returns it with its trace."""
+        self.meter.add_finished(output)
+        observer = self._runner.observer
+        if observer is not None and request.observation.wants_trace:
+            output = output._replace(trace=_tell(observer.take_trace, request.request_id))
+        _tell(self.on_ended, request, output)
+        return output
 
     def _fail(self, error: BaseException) -> None:
         logger.critical("The engine has failed and ends.", exc_info=error)
@@ -590,8 +600,11 @@ class Engine(Asking):
             self._end_reason = f"has failed with {type(error).__name__}: {describe(str(error), 400)}"
 
     def _abandon(self) -> None:
-        """Answer everyone who is left. Runs after the last step, and after whatever may have gone wrong in it."""
+        """Answer everyone who is left, once. Runs after the last step, and after whatever may have gone wrong in it."""
         with self._condition:
+            if self._has_abandoned:
+                return
+            self._has_abandoned = True
             now = time.monotonic()
             requests = list(self._requests.values())
             deliveries = [(r, end(r, FinishReason.ERROR, now, error=self._unavailable())) for r in requests]
@@ -602,6 +615,17 @@ class Engine(Asking):
 
     def _unavailable(self) -> UnavailableError:
         return UnavailableError(f"The engine {self._end_reason}.", remedy="Restart it; the log has the cause.")
+
+
+def _tell(observer: Callable[[*Told], T] | None, *told: *Told) -> T | None:
+    """What an observer answers; None if there is none, or if it fails, which is its own matter: requests go on."""
+    if observer is None:
+        return None
+    try:
+        return observer(*told)
+    except BaseException as error:  # one that ends a thread must not end this one
+        logger.error("An observer of the engine has failed.", exc_info=error)
+        return None
 
 
 def _num_rejected(plan: StepPlan, deliveries: Deliveries) -> Mapping[int, int]:
