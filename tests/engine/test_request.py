@@ -1,7 +1,7 @@
 import pytest
 
 from amalgam.engine.params import SamplingParams
-from amalgam.engine.request import check_token_ids
+from amalgam.engine.request import checked_prompt
 from amalgam.errors import RequestError
 from tests.errors import raises
 
@@ -84,4 +84,17 @@ def test_greedy_is_no_sampling_or_no_temperature():
 )
 def test_a_prompt_holds_token_ids_of_the_model(prompt_ids, named):
     with raises(RequestError, *named):
-        check_token_ids(prompt_ids, vocab_size=8)
+        checked_prompt(prompt_ids, vocab_size=8)
+
+
+def test_the_first_token_that_is_none_is_named():
+    with raises(RequestError, 2, -3, 7):
+        checked_prompt([0, 7, -3, 8, "5"], vocab_size=8)
+
+
+def test_a_prompt_that_was_checked_is_looked_at_again_for_a_smaller_vocabulary_only():
+    checked = checked_prompt([0, 7], vocab_size=8)
+    assert checked == (0, 7)
+    assert checked_prompt(checked, vocab_size=8) is checked_prompt(checked, vocab_size=9) is checked
+    with raises(RequestError, 1, 7):
+        checked_prompt(checked, vocab_size=7)

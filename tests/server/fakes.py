@@ -98,6 +98,9 @@ class FakeEngine:
         if num_tokens >= MAX_SEQ_LENGTH:
             raise PromptTooLongError(f"The prompt has {num_tokens} tokens.", remedy=f"Allowed: {MAX_SEQ_LENGTH}.")
 
+    def checked_prompt(self, prompt_ids: Sequence[int]) -> Sequence[int]:
+        return prompt_ids
+
     @property
     def max_prompt_tokens(self) -> int:
         return MAX_SEQ_LENGTH - 1

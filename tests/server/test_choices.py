@@ -50,19 +50,28 @@ class Engine:
         self.most = 0
         self.seeds: list[int | None] = []
         self.is_between_steps = False
+        self.checked: list[Sequence[int]] = []
 
     @contextmanager
     def between_steps(self) -> Iterator[None]:
         self.is_between_steps = True
-        yield
-        self.is_between_steps = False
+        try:
+            yield
+        finally:
+            self.is_between_steps = False
 
     def check_prompt_length(self, num_tokens: int) -> None:
         if num_tokens > 4:
             raise PromptTooLongError(f"The prompt has {num_tokens} tokens.", remedy="Allowed: 4.")
 
+    def checked_prompt(self, prompt_ids: Sequence[int]) -> Sequence[int]:
+        assert not self.is_between_steps
+        self.checked.append(tuple(prompt_ids))
+        return self.checked[-1]
+
     def stream(self, prompt_ids: Sequence[int], params: SamplingParams, observation: Any, constraint: Any) -> Stream:
         assert self.is_between_steps
+        assert prompt_ids is self.checked[-1]
         if len(self.running) >= self.max_running:
             raise OverloadedError("The queue is full.")
         self.seeds.append(params.seed)
@@ -101,6 +110,12 @@ def test_the_samples_of_a_prompt_enter_together_with_seeds_of_their_own() -> Non
     engine = Engine(3)
     assert collect(engine, [[5], [6]], num_samples=3, seed=40) == ["5b"] * 3 + ["6b"] * 3
     assert engine.seeds[:3] == engine.seeds[-3:] == [40, 41, 42]
+
+
+def test_a_prompt_is_checked_once_whatever_the_number_of_samples_and_while_steps_go_on() -> None:
+    engine = Engine(6)
+    collect(engine, [[5], [6]], num_samples=3)
+    assert engine.checked == [(5,), (6,)]
 
 
 def test_no_room_for_the_first_is_told_at_once_and_leaves_nothing() -> None:

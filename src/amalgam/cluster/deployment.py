@@ -181,6 +181,9 @@ class ClusterEngine:
     def check_prompt_length(self, num_tokens: int) -> NoReturn:
         _not_here("The gateway computes nothing.")
 
+    def checked_prompt(self, prompt_ids: Sequence[int]) -> NoReturn:
+        _not_here("The gateway computes nothing.")
+
     def stream(self, *arguments: Any, **named: Any) -> NoReturn:
         _not_here("The gateway computes nothing.")
 

@@ -42,7 +42,7 @@ from amalgam.engine.request import (
     RequestStatus,
     StepPlan,
     StepResult,
-    check_token_ids,
+    checked_prompt,
 )
 from amalgam.engine.rollback import Deliveries, Rollback
 from amalgam.engine.runner import Runner
@@ -183,8 +183,7 @@ class Engine(Asking):
             OverloadedError: the queue is full.
             UnavailableError: the engine is draining, has stopped or has failed.
         """
-        self._scheduler.check_prompt_length(len(prompt_ids))  # before anything that takes time in its length
-        check_token_ids(prompt_ids, self._vocab_size)
+        prompt_ids = self.checked_prompt(prompt_ids)
         check_param_ids(params, self._vocab_size)
         seed = secrets.randbelow(MAX_SEED + 1) if params.seed is None else params.seed
         text = TextStream(
@@ -223,8 +222,7 @@ class Engine(Asking):
         version: WeightVersion | None = None,
     ) -> int:
         """Queue a request for one vector, which its only output carries; see `embed`. Otherwise as `submit`."""
-        self._scheduler.check_prompt_length(len(prompt_ids))
-        check_token_ids(prompt_ids, self._vocab_size)
+        prompt_ids = self.checked_prompt(prompt_ids)
         return self._queue(
             Request(
                 0,
@@ -265,9 +263,22 @@ class Engine(Asking):
         """
         self._scheduler.check_prompt_length(num_tokens)
 
+    def checked_prompt(self, prompt_ids: Sequence[int]) -> Sequence[int]:
+        """A prompt of which several requests are submitted: they do not check it again, which takes time in its length.
+
+        Raises:
+            RequestError: see `submit`.
+            PromptTooLongError: the prompt leaves no room for a new token.
+        """
+        self._scheduler.check_prompt_length(len(prompt_ids))  # before anything that takes time in its length
+        return checked_prompt(prompt_ids, self._vocab_size)
+
     @contextmanager
     def between_steps(self) -> Iterator[None]:
-        """Requests that are submitted inside enter the queue together: no step begins before the last of them."""
+        """Requests that are submitted inside enter the queue together: no step begins before the last of them.
+
+        Nor does one end: what takes time is to be done before, as `checked_prompt`.
+        """
         with self._condition:
             yield
 

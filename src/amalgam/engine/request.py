@@ -47,13 +47,32 @@ class Observation:
     may_move: bool = field(default=False, compare=False)
 
 
-def check_token_ids(prompt_ids: Sequence[int], vocab_size: int) -> None:
-    """
+class CheckedPrompt(tuple[int, ...]):
+    """Token ids of a prompt that are ids of a model with a vocabulary of `vocab_size`, as `checked_prompt` has seen."""
+
+    vocab_size: int
+
+
+def checked_prompt(prompt_ids: Sequence[int], vocab_size: int) -> CheckedPrompt:
+    """A prompt that needs no second look: one that has been checked is returned as it is.
+
     Raises:
         RequestError: the prompt is empty, or something in it is not a token id of the model.
     """
+    if isinstance(prompt_ids, CheckedPrompt) and prompt_ids.vocab_size <= vocab_size:
+        return prompt_ids
     if not prompt_ids:
         raise RequestError("The prompt has no tokens.", remedy="Give at least one.")
+    has_integers = set(map(type, prompt_ids)) == {int}  # and no booleans
+    if not (has_integers and min(prompt_ids) >= 0 and max(prompt_ids) < vocab_size):
+        _refuse(prompt_ids, vocab_size)
+    checked = CheckedPrompt(prompt_ids)
+    checked.vocab_size = vocab_size
+    return checked
+
+
+def _refuse(prompt_ids: Sequence[int], vocab_size: int) -> None:
+    """Name the first of them that is not a token id."""
     for index, token_id in enumerate(prompt_ids):
         if type(token_id) is not int or not 0 <= token_id < vocab_size:
             raise RequestError(

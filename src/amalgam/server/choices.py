@@ -137,11 +137,12 @@ class Choices:
         index, wanted = self._num_submitted, self._wanted
         streams: list[OutputStream] = []
         try:
-            with naming(FIELD, index, len(self._prompts_ids)), self._engine.between_steps():
-                for sample in range(wanted.num_samples):
-                    params = wanted.of_sample(sample)
-                    prompt_ids = self._prompts_ids[index]
-                    streams.append(self._engine.stream(prompt_ids, params, wanted.observation, wanted.constraint))
+            with naming(FIELD, index, len(self._prompts_ids)):
+                prompt_ids = self._engine.checked_prompt(self._prompts_ids[index])
+                with self._engine.between_steps():
+                    for sample in range(wanted.num_samples):
+                        params = wanted.of_sample(sample)
+                        streams.append(self._engine.stream(prompt_ids, params, wanted.observation, wanted.constraint))
         except BaseException:
             for stream in streams:
                 await stream.aclose()

@@ -46,6 +46,10 @@ class _FilteredEngine(WrappedEngine):
         self._deployment = deployment
         self._filters = filters
 
+    def checked_prompt(self, prompt_ids: Sequence[int]) -> Sequence[int]:
+        """See `Engine.checked_prompt`. One that is refused has no tokens, and is not computed."""
+        return prompt_ids if isinstance(prompt_ids, RefusedPrompt) else self.wrapped.checked_prompt(prompt_ids)
+
     def stream(
         self,
         prompt_ids: Sequence[int],

@@ -60,6 +60,9 @@ class WrappedEngine:
     def check_prompt_length(self, num_tokens: int) -> None:
         self.wrapped.check_prompt_length(num_tokens)
 
+    def checked_prompt(self, prompt_ids: Sequence[int]) -> Sequence[int]:
+        return self.wrapped.checked_prompt(prompt_ids)
+
     def stream(
         self,
         prompt_ids: Sequence[int],
