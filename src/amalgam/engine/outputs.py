@@ -7,6 +7,8 @@ from __future__ import annotations
 
 from amalgam.engine.request import FinishReason, NewTokens, Request, RequestOutput, Usage
 
+Deliveries = list[tuple[Request, RequestOutput]]
+
 
 def take_tokens(request: Request, new: NewTokens, now: float) -> RequestOutput:
     """Add tokens to a request, up to the one that ends it: end of sequence, stop string or length.

@@ -1,7 +1,7 @@
 """Going back to the weight version before: when, and what becomes of the requests.
 
 In: steps that were computed or have failed. Out: versions that are left, requests that start again or end. Must never
-know: how a step is computed, who takes outputs. Guarded by the engine's condition, but for `doubtful`.
+know: how a step is computed, who takes outputs. Guarded by `InFlight.condition`, but for `doubtful`.
 
 `probation.py` says which versions may be at fault, and what is used in their place.
 """
@@ -11,15 +11,14 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Container, Mapping, Sequence
 
+from amalgam.engine.outputs import Deliveries
 from amalgam.engine.probation import FailedVersion, Probation, weights_failed
-from amalgam.engine.request import Doubt, Request, RequestOutput, RequestStatus, StepPlan, StepResult
+from amalgam.engine.request import Doubt, Request, RequestStatus, StepPlan, StepResult
 from amalgam.engine.sampler import NonFiniteLogitsError
 from amalgam.engine.scheduler import Scheduler
 from amalgam.models.weights import WeightVersion
 
 logger = logging.getLogger("amalgam.engine")
-
-Deliveries = list[tuple[Request, RequestOutput]]
 
 
 class Rollback:
