@@ -8,14 +8,15 @@ from __future__ import annotations
 
 import asyncio
 from abc import ABC, abstractmethod
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import aclosing
 from queue import Empty, SimpleQueue
-from typing import TYPE_CHECKING, Self, TypeVar
+from typing import TYPE_CHECKING, Self
 
 import numpy as np
 import numpy.typing as npt
 
+from amalgam.engine.fan_out import ROOM_SECONDS, fan_out
 from amalgam.engine.params import SamplingParams
 from amalgam.engine.request import FinishReason, Generation, Observation, OutputCallback, Pooling, RequestOutput
 from amalgam.errors import OverloadedError, RequestError, UnavailableError
@@ -24,9 +25,6 @@ from amalgam.text.grammar import CompiledGrammar
 if TYPE_CHECKING:
     from amalgam.models.weights import WeightVersion
 
-T = TypeVar("T")
-
-ROOM_SECONDS = 0.05  # how soon a caller looks again whether the queue has room
 UNLABELLED = Observation()
 
 
@@ -161,7 +159,7 @@ class Asking(ABC):
             async with aclosing(self.stream(prompt_ids, params, observation, constraint, version)) as outputs:
                 return _collect([output async for output in outputs])
 
-        return await _each(prompts_ids, answer, self._max_in_flight)
+        return await fan_out(answer, prompts_ids, self._max_in_flight)
 
     async def embed(
         self,
@@ -201,8 +199,8 @@ class Asking(ABC):
         self, prompts_ids: Sequence[Sequence[int]], pooling: Pooling = "mean", observation: Observation = UNLABELLED
     ) -> list[npt.NDArray[np.float32]]:
         """`embed_all`, awaited. Cancelling the caller cancels the requests."""
-        return await _each(
-            prompts_ids, lambda prompt_ids: self.embed(prompt_ids, pooling, observation), self._max_in_flight
+        return await fan_out(
+            lambda prompt_ids: self.embed(prompt_ids, pooling, observation), prompts_ids, self._max_in_flight
         )
 
 
@@ -212,28 +210,6 @@ def _embedding(output: RequestOutput) -> npt.NDArray[np.float32]:
     if output.embedding is None:
         raise UnavailableError("The request was cancelled.", remedy="Send it again.")
     return output.embedding
-
-
-async def _each(
-    prompts_ids: Sequence[Sequence[int]], answer: Callable[[Sequence[int]], Awaitable[T]], max_in_flight: int
-) -> list[T]:
-    """What `answer` gives for each prompt, at most `max_in_flight` at a time. An error of one cancels the others."""
-    places = asyncio.Semaphore(max_in_flight)
-
-    async def one(prompt_ids: Sequence[int]) -> T:
-        async with places:
-            while True:
-                try:
-                    return await answer(prompt_ids)
-                except OverloadedError:  # others fill the queue
-                    await asyncio.sleep(ROOM_SECONDS)
-
-    try:
-        async with asyncio.TaskGroup() as group:
-            tasks = [group.create_task(one(prompt_ids)) for prompt_ids in prompts_ids]
-    except ExceptionGroup as errors:
-        raise errors.exceptions[0] from None
-    return [task.result() for task in tasks]
 
 
 def _run_all(

@@ -11,11 +11,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Self
 
+from amalgam.engine.fan_out import ROOM_SECONDS
 from amalgam.engine.params import MAX_SEED, SamplingParams
 from amalgam.engine.request import FinishReason, Observation, RequestOutput, TokenLogprobs, Usage
 from amalgam.errors import OverloadedError
 from amalgam.server.encoding import naming
-from amalgam.server.generation import ROOM_SECONDS, check_lengths, checked
+from amalgam.server.generation import check_lengths, checked
 from amalgam.server.interface import Engine, OutputStream
 
 if TYPE_CHECKING:

@@ -5,16 +5,15 @@ In: token ids and sampling parameters. Out: completions, or server-sent events. 
 
 from __future__ import annotations
 
-import asyncio
-import contextlib
 from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeVar
 
+from amalgam.engine.fan_out import fan_out
 from amalgam.engine.params import SamplingParams
 from amalgam.engine.request import Observation, RequestOutput, Usage
-from amalgam.errors import OverloadedError, UnavailableError
+from amalgam.errors import UnavailableError
 from amalgam.server.encoding import naming
 from amalgam.server.events import EventStream, event
 from amalgam.server.http.errors import error_content
@@ -22,8 +21,6 @@ from amalgam.server.interface import Engine, OutputStream
 
 if TYPE_CHECKING:
     from amalgam.models.routing import RoutingTrace
-
-ROOM_SECONDS = 0.05  # how soon a batch looks again whether the queue has room
 
 T = TypeVar("T")
 P = TypeVar("P")
@@ -76,10 +73,7 @@ async def run_all(
     max_in_flight: int,
     name: str = "prompts",
 ) -> list[T]:
-    """What `run` gives for each prompt. At most `max_in_flight` run at a time, so that the queue has room for others.
-
-    Once the first has found a place in the queue, the rest wait for theirs. If one fails, the others are cancelled and
-    its error is raised, with its index.
+    """What `run` gives for each prompt, see `fan_out`. An error is raised with its prompt's index.
 
     Args:
         name: of the field that the prompts stand in.
@@ -87,40 +81,13 @@ async def run_all(
     Raises:
         OverloadedError: there is no place even for the first.
     """
-    results: dict[int, T] = {}
-    waiting = iter(enumerate(prompts))
-    num_in_flight = 0
-    has_ended = asyncio.Event()  # one of ours, which may have made room
 
-    async def run_one(index: int, prompt: P) -> T:
-        nonlocal num_in_flight
-        while True:
-            num_in_flight += 1
-            try:
-                with naming(name, index, len(prompts)):
-                    result = await run(prompt)
-                has_ended.set()
-                return result
-            except OverloadedError:
-                if num_in_flight == 1 and not results:
-                    raise
-            finally:
-                num_in_flight -= 1
-            has_ended.clear()
-            with contextlib.suppress(TimeoutError):  # others make room too
-                await asyncio.wait_for(has_ended.wait(), ROOM_SECONDS)
+    async def run_one(numbered: tuple[int, P]) -> T:
+        index, prompt = numbered
+        with naming(name, index, len(prompts)):
+            return await run(prompt)
 
-    async def work() -> None:
-        for index, prompt in waiting:  # which all of us take from
-            results[index] = await run_one(index, prompt)
-
-    try:
-        async with asyncio.TaskGroup() as group:
-            for _ in range(min(max_in_flight, len(prompts))):
-                group.create_task(work())
-    except ExceptionGroup as errors:
-        raise errors.exceptions[0] from None
-    return [results[index] for index in range(len(prompts))]
+    return await fan_out(run_one, list(enumerate(prompts)), max_in_flight, waits_for_first=False)
 
 
 def check_lengths(engine: Engine, prompts_ids: Sequence[Sequence[int]], name: str) -> None:
