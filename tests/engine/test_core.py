@@ -272,7 +272,9 @@ class TestEnd:
         outputs = submit(engine, [5])
         assert not engine.status().is_alive
         engine.stop()
-        assert isinstance(outputs.last().error, UnavailableError)
+        error = outputs.last().error
+        assert isinstance(error, UnavailableError)
+        assert "another server" in error.remedy, "nothing has gone wrong here that a log could tell"
 
     def test_a_callback_may_stop_the_engine(self, make_engine):
         engine = make_engine()

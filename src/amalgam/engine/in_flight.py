@@ -58,7 +58,7 @@ class InFlight:
         self._cancelled: list[Request] = []
         self._next_id = 1
         self._is_draining = False
-        self._end_reason: str | None = None  # why nothing is computed any more
+        self._end: tuple[str, str] | None = None  # why nothing is computed any more, and what helps
         self._has_abandoned = False  # then those who were left have been answered
 
     def add(self, request: Request) -> int:
@@ -70,8 +70,8 @@ class InFlight:
             Whatever `observe` raises.
         """
         with self.condition:
-            if self._end_reason is not None:
-                raise self._unavailable()
+            if self._end is not None:
+                raise _unavailable(self._end)
             if self._is_draining:
                 raise UnavailableError("The engine is draining.", remedy="Send the request to another server.")
             version = request.version
@@ -105,20 +105,22 @@ class InFlight:
     def stop(self) -> None:
         """Nothing is computed any more from the next step on."""
         with self.condition:
-            self._end_reason = self._end_reason or "has been stopped"
+            remedy = "Send the request to another server, or again once this one has been restarted."
+            self._end = self._end or ("The engine has been stopped.", remedy)
             self.condition.notify_all()
 
     def fail(self, error: BaseException) -> None:
         """Nothing is computed any more from the next step on, and `error` is why."""
         logger.critical("The engine has failed and ends.", exc_info=error)
         with self.condition:
-            self._end_reason = f"has failed with {type(error).__name__}: {describe(str(error), 400)}"
+            reason = f"{type(error).__name__}: {describe(str(error), 400)}"
+            self._end = (f"The engine has failed with {reason}.", "Restart it; the log has the cause.")
 
     def wait_for_work(self) -> bool:
         """Wait for a request; False if nothing is computed any more."""
         with self.condition:
-            self.condition.wait_for(lambda: self._end_reason is not None or self.scheduler.has_requests)
-            return self._end_reason is None
+            self.condition.wait_for(lambda: self._end is not None or self.scheduler.has_requests)
+            return self._end is None
 
     def remove(self, request_ids: Iterable[int]) -> None:
         """The last outputs of these have been delivered."""
@@ -133,9 +135,9 @@ class InFlight:
             if self._has_abandoned:
                 return []
             self._has_abandoned = True
-            now = time.monotonic()
-            requests = list(self._requests.values())
-            deliveries = [(r, end(r, FinishReason.ERROR, now, error=self._unavailable())) for r in requests]
+            assert self._end is not None
+            now, error = time.monotonic(), _unavailable(self._end)
+            deliveries = [(r, end(r, FinishReason.ERROR, now, error=error)) for r in self._requests.values()]
             self.scheduler.clear()
             self.note_load()
             self._cancelled.clear()
@@ -149,7 +151,7 @@ class InFlight:
         """
         with self.condition:
             return EngineStatus(
-                is_alive=self._end_reason is None and is_running,
+                is_alive=self._end is None and is_running,
                 is_draining=self._is_draining,
                 num_running=len(self.scheduler.running),
                 num_waiting=len(self.scheduler.waiting),
@@ -192,5 +194,7 @@ class InFlight:
         if self.speculator is not None:
             self.speculator.forget(request_id)
 
-    def _unavailable(self) -> UnavailableError:
-        return UnavailableError(f"The engine {self._end_reason}.", remedy="Restart it; the log has the cause.")
+
+def _unavailable(why: tuple[str, str]) -> UnavailableError:
+    what, remedy = why
+    return UnavailableError(what, remedy=remedy)
