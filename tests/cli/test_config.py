@@ -134,3 +134,18 @@ def test_a_flag_undoes_the_file(tmp_path: Path, capsys: pytest.CaptureFixture[st
     flags = ("--statistics.file", "", "--engine.num_threads", "null", "--config", str(path), "--json")
     code, out, _ = run(capsys, *flags, "statistics.file", "num_threads")
     assert code == 0 and [row["value"] for row in json.loads(out)] == [None, ""]
+
+
+def test_secrets_are_not_shown(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "c.yaml"
+    path.write_text(
+        "model: {base_path: /m}\n"
+        "server: {admin_key: s3cret, api_keys: [s3cret], otlp_endpoint: 'https://me:s3cret@collector'}\n"
+        "filters: {rules: [{name: a, hook: b, options: {token: s3cret}}]}\n"
+    )
+    for flags in ((), ("--json",)):
+        code, out, err = run(capsys, "--config", str(path), *flags)
+        assert code == 0 and "https://collector" in out and "s3cret" not in out + err
+    path.write_text("server: {api_keys: {a: s3cret}}")
+    code, out, err = run(capsys, "--config", str(path))
+    assert code == 2 and "server.api_keys" in err and "s3cret" not in out + err

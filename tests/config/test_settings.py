@@ -99,9 +99,9 @@ def test_every_setting_has_a_description_and_an_environment_name() -> None:
     ("text", "named"),
     [
         ("", ["config.yaml", "is empty"]),
-        ("[1, 2]", ["config.yaml", "['1', '2']"]),
+        ("[1, 2]", ["config.yaml", "a list"]),
         ("model: {base_path: [}", ["config.yaml", "line 1", "'}'"]),
-        ("model: {base_path: /m}\nmodel: {base_path: /n}", ["config.yaml", "line 2", "'model'"]),
+        ("model: {base_path: /m}\nmodel: {base_path: /n}", ["config.yaml", "line 2", "model"]),
         ("inference: {}", ["model"]),
         (MINIMAL + "servr: {port: 1}", ["servr"]),
         (MINIMAL + "server: {prot: 1}", ["server.prot"]),
@@ -120,15 +120,100 @@ def test_every_setting_has_a_description_and_an_environment_name() -> None:
         ("model: {base_path: /m, mixed_precision: {base_path: /x}}", ["'base'", "model.base_path"]),
         ("model: {base_path: /m, mixed_precision: {a_path: /x, sources: {a: /y}}}", ["'a'", "a_path", "sources"]),
         ("model: {base_path: /m, mixed_precision: {derived: {fp8: {format: fp8}}}}", ["derived['fp8']", "'fp8'"]),
-        (
-            "model: {base_path: !!python/object/apply:os.system [true]}",
-            ["config.yaml", "os.system"],
-        ),
+        ("model: {base_path: !!python/object/apply:os.system [true]}", ["config.yaml", "line 1"]),
+        ("model: {base_path: !!bool maybe}", ["config.yaml"]),
     ],
 )
 def test_mistakes_are_named(text: str, named: list[object], tmp_path: Path) -> None:
     with raises(ConfigError, *named):
         load_settings(write(tmp_path, text), environ={})
+
+
+@pytest.mark.parametrize(
+    ("text", "named"),
+    [
+        ("server: {api_keys: {a: s3cret}}", ["server.api_keys", "a list"]),
+        ("server: {api_keys: [[s3cret]]}", ["server.api_keys.0", "a string"]),
+        ("server: {admin_key: [s3cret]}", ["server.admin_key", "a string"]),
+        ("server: {otlp_endpoint: 'ftp://me:s3cret@collector'}", ["server.otlp_endpoint"]),
+        ("filters: {rules: [{name: a, hook: b, options: [s3cret]}]}", ["filters.rules.0.options", "a mapping"]),
+        ("server: [{admin_key: s3cret}]", ["server", "a mapping"]),
+        ("- server: {admin_key: s3cret}", ["config.yaml", "a mapping"]),
+        ("s3cret", ["config.yaml", "a mapping"]),
+        ("server:\n  admin_key: @s3cret", ["config.yaml", "line 2"]),
+        ("server:\n  admin_key: *s3cret", ["config.yaml", "line 2"]),
+        ("server:\n  admin_key: !s3cret", ["config.yaml", "line 2"]),
+        ("server:\n  admin_key: !it's-s3cret", ["config.yaml", "line 2"]),
+        ("server:\n  admin_key: 's3cret", ["config.yaml", "line 2"]),
+        ("server:\n  admin_key: s3cret: s3cret", ["config.yaml", "line 2"]),
+        ("server:\n  admin_key: !!int s3cret", ["config.yaml"]),
+        ("server:\n  admin_key: !!bool s3cret", ["config.yaml"]),
+    ],
+)
+@pytest.mark.parametrize("environ", [{}, {"AMALGAM_SERVER_PORT": "8081", "AMALGAM_FILTERS_HOOK_THREADS": "2"}])
+def test_a_secret_in_the_file_is_in_no_message(
+    text: str, named: list[object], environ: dict[str, str], tmp_path: Path
+) -> None:
+    with raises(ConfigError, *named) as caught:
+        load_settings(write(tmp_path, text), {"model.base_path": "/m"}, environ)
+    assert "s3cret" not in str(caught.value)
+
+
+def test_a_secret_in_a_variable_is_in_no_message(tmp_path: Path) -> None:
+    """Names and texts of variables become keys and values as they are, but for mappings."""
+    for name, text in {
+        "AMALGAM_SERVER_OTLP_ENDPOINT": "ftp://me:s3cret@collector",
+        "AMALGAM_FILTERS_RULES": "[{name: a, hook: b, options: *s3cret}]",
+        "AMALGAM_SERVER_ADMIN_KYE": "s3cret",
+    }.items():
+        with raises(ConfigError) as caught:
+            load_settings(None, {"model.base_path": "/m"}, {name: text})
+        assert "s3cret" not in str(caught.value)
+    with raises(ConfigError, "filters.rules.0.options") as caught:
+        load_settings(
+            None, {"model.base_path": "/m"}, {"AMALGAM_FILTERS_RULES": "[{name: a, hook: b, options: s3cret}]"}
+        )
+    assert "s3cret" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("server.admin_key", 123456789),
+        ("server.admin_key", {"123456789": 1}),
+        ("server.admin_key", b"\xff123456789"),
+        ("server.api_keys", {"a": "123456789"}),
+        ("server.api_keys", ["a", 123456789]),
+        ("server.otlp_endpoint", "me:123456789@collector"),
+        ("filters.rules", "123456789"),
+    ],
+)
+def test_a_secret_that_a_flag_or_a_program_gives_is_in_no_message(key: str, value: Any) -> None:
+    with raises(ConfigError, key) as caught:
+        load_settings(None, {"model.base_path": "/m", key: value}, {})
+    assert "123456789" not in str(caught.value)
+    section, name = key.split(".")
+    with raises(ConfigError, key) as caught:
+        build_settings({"model": {"base_path": "/m"}, section: {name: value}})
+    assert "123456789" not in str(caught.value)
+
+
+def test_what_is_no_secret_is_in_messages() -> None:
+    with raises(ConfigError, "server.port", "'a port'"):
+        build_settings({"model": {"base_path": "/m"}, "server": {"port": "a port", "admin_key": "s3cret"}})
+    with raises(ConfigError, "filters.rules.0.max_chars", 7.5):
+        build_settings({"model": {"base_path": "/m"}, "filters": {"rules": [{"name": "a", "max_chars": 7.5}]}})
+
+
+def test_no_secret_is_shown_with_settings() -> None:
+    server = {"admin_key": "s3cret", "api_keys": ["s3cret"], "otlp_endpoint": "https://me:s3cret@collector/v1"}
+    filters = {"rules": [{"name": "a", "hook": "b", "options": {"token": "s3cret"}}]}
+    settings = build_settings({"model": {"base_path": "/m"}, "server": server, "filters": filters})
+    shown = settings.model_dump(mode="json")
+    assert "s3cret" not in str(shown) and shown["server"]["otlp_endpoint"] == "https://collector/v1"
+    assert settings.server.otlp_endpoint == server["otlp_endpoint"]
+    assert settings.filters.rules[0].options.get_secret_value() == {"token": "s3cret"}
+    assert settings.replace() == settings
 
 
 def test_an_unknown_environment_variable_is_named(tmp_path: Path) -> None:

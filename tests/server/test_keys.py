@@ -235,6 +235,7 @@ def test_without_keys_everybody_chooses_a_priority(client: httpx.Client, deploym
         ("[[", ["holds no keys"]),
         ("- {name: a, key: secret, limit: 3}", ["entry 1", "limit"]),
         ("- {key: secret}", ["entry 1", "name"]),
+        ("- secret: alice", ["entry 1", "name", "key"]),
         ("- {name: a b, key: secret}", ["entry 1", "name"]),
         ("- {name: a, key: sec ret}", ["'a'"]),
         ("- {name: a, key: 'sha256:secret'}", ["'a'"]),
@@ -311,6 +312,13 @@ def test_keys_are_never_logged(caplog: pytest.LogCaptureFixture) -> None:
     lines = "\n".join(str(record.__dict__) for record in caplog.records if record.name.startswith("amalgam"))
     assert "key=key-1" in lines and "key=admin" in lines
     assert not any(key in lines for key in (USER, ADMIN, "wrong-key"))
+
+
+def test_no_endpoint_shows_a_key(keyed: httpx.Client) -> None:
+    paths = [path for path in PATHS if "{" not in path and not path.endswith("/events")]
+    answers = {path: keyed.get(path, headers=bearer(ADMIN)) for path in paths}
+    assert answers["/model_info"].status_code == answers["/metrics"].status_code == 200
+    assert [path for path, found in answers.items() if any(key in found.text for key in (USER, OTHER, ADMIN))] == []
 
 
 def test_where_keys_are_looked_for() -> None:

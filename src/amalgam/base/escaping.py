@@ -20,5 +20,11 @@ def harmless(text: str) -> str:
     )
 
 
+def without_password(place: str) -> str:
+    """A file's name, or an address as others may read it."""
+    scheme, separator, rest = place.partition("://")
+    return f"{scheme}://{rest.rpartition('@')[2]}" if separator else place
+
+
 def _escape(letter: str) -> str:
     return letter.encode("unicode_escape").decode()

@@ -1,6 +1,6 @@
 """What a value should have been, in our own words: pydantic's own speak of Python (`a valid dictionary`).
 
-In: one entry of pydantic's `ValidationError.errors()`. Out: a sentence.
+In: one entry of pydantic's `ValidationError.errors()`, or a value. Out: a sentence, or words for it.
 """
 
 from __future__ import annotations
@@ -46,3 +46,12 @@ def expectation(item: Mapping[str, Any]) -> str:
         count = context[name]
         return f"Expected {bound} {count} {unit}{'' if count == 1 else 's'}."
     return f"{item['msg']}."
+
+
+def kind_in_words(value: Any) -> str:
+    """What a value is, where it may not be shown."""
+    if isinstance(value, Mapping):
+        return "a mapping"
+    if isinstance(value, list | tuple):
+        return "a list"
+    return "a text" if isinstance(value, str) else f"of type {type(value).__name__}"

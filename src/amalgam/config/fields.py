@@ -13,8 +13,10 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from types import NoneType
 from typing import Annotated, Any, Literal, get_args, get_origin
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, SecretStr, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, PlainSerializer, Secret, SecretStr, model_validator
 from pydantic.fields import FieldInfo
+
+from amalgam.base.escaping import without_password
 
 _WORDS_FOR_NONE = ("", "null", "none", "~")
 _KINDS = {
@@ -29,6 +31,10 @@ UserPath = Annotated[str, AfterValidator(os.path.expanduser)]
 _HUB_ID = "a hub id"
 ModelPath = Annotated[UserPath, _HUB_ID]
 """The same, or a hub id."""
+
+_WITHOUT_PASSWORD = PlainSerializer(without_password, return_type=str, when_used="json")
+Address = Annotated[str, _WITHOUT_PASSWORD]
+"""A URL, which is shown without the name and password that may be in it."""
 
 
 class Section(BaseModel):
@@ -62,6 +68,15 @@ class Section(BaseModel):
 def types_of(field: FieldInfo) -> tuple[Any, ...]:
     """The types that a field takes, without what narrows them down; a choice of words is text."""
     return tuple(str if get_origin(member) is Literal else member for member in _members(field))
+
+
+def holds_secrets(kind: Any) -> bool:
+    """Whether values of a type may hold what only its owner should see: it is a secret, or has one in it."""
+    if kind is _WITHOUT_PASSWORD or kind is SecretStr or get_origin(kind) is Secret:
+        return True
+    if isinstance(kind, type) and issubclass(kind, BaseModel):
+        return any(holds_secrets(field.rebuild_annotation()) for field in kind.model_fields.values())
+    return any(holds_secrets(argument) for argument in get_args(kind))
 
 
 def with_paths(section: BaseModel, change: Callable[[str, bool], str]) -> dict[str, Any]:

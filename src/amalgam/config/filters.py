@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, StringConstraints, field_validator, model_validator
+from pydantic import Field, Secret, StringConstraints, field_validator, model_validator
 
 from amalgam.config.fields import Section, UserPath
 
@@ -35,8 +35,8 @@ class FilterRule(Section):
     """Regular expressions, matched in time linear in the text: no references, looking around or anchors."""
     hook: str = ""
     """A hook that an installed package offers as an entry point of `amalgam.filters`."""
-    options: dict[str, Any] = Field(default_factory=dict)
-    """What the hook is made with."""
+    options: Secret[dict[str, Any]] = Secret({})
+    """What the hook is made with: the token of a service, perhaps, so that it is not shown."""
     case_sensitive: bool = False
     """Whether words and regular expressions tell `A` from `a`."""
     whole_words: bool = True
@@ -58,7 +58,7 @@ class FilterRule(Section):
             raise ValueError(f"rule {self.name!r} looks nowhere: name prompts, answers or logs in where")
         if self.hook and "logs" in self.where:
             raise ValueError(f"rule {self.name!r} is a hook, which cannot look at logs: leave them out of where")
-        if self.options and not self.hook:
+        if self.options.get_secret_value() and not self.hook:
             raise ValueError(f"rule {self.name!r} has options and no hook")
         if (self.action == "replace") != bool(self.replacement):
             raise ValueError(f"rule {self.name!r} needs a replacement with action replace, and only there")

@@ -11,10 +11,11 @@ from typing import Any, get_args, get_origin
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
+from amalgam.config.explaining import shown
 from amalgam.config.fields import Section, kind_of, split_list, types_of
 from amalgam.config.settings import Settings
 from amalgam.config.text import ENV_PREFIX, parse_yaml
-from amalgam.errors import ConfigError, describe
+from amalgam.errors import ConfigError
 
 
 @dataclass(frozen=True)
@@ -55,7 +56,8 @@ class SettingInfo:
                 return parse_yaml(text)
             except ValueError as error:
                 raise ConfigError(
-                    f"{self.key} is {describe(text)}, which is not valid: {error}", remedy="Write it as JSON or YAML."
+                    f"{self.key} is {shown(text, self.field.rebuild_annotation())}, which is not valid: {error}",
+                    remedy="Write it as JSON or YAML.",
                 ) from None
         return text
 

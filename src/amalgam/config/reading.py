@@ -12,12 +12,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from amalgam.base.validation import kind_in_words
 from amalgam.config.environment import NATIVE_ISA_VARIABLE
 from amalgam.config.fields import can_be_empty
 from amalgam.config.keys import all_settings, setting_keys
 from amalgam.config.settings import PATH_SUFFIX, Settings, build_settings
 from amalgam.config.text import our_variables, read_yaml
-from amalgam.errors import ConfigError, describe
+from amalgam.errors import ConfigError
 
 _MIXED = "model.mixed_precision"
 
@@ -143,7 +144,7 @@ def _section(data: dict[str, Any], dotted: str) -> dict[str, Any]:
         child = data.get(part)
         child = data[part] = {} if child is None else child
         if not isinstance(child, dict):
-            raise ConfigError(f"{part} is {describe(child)}.", remedy="Expected a mapping.")
+            raise ConfigError(f"{part} is {kind_in_words(child)}.", remedy="Expected a mapping.")
         data = child
     return data
 

@@ -6,12 +6,10 @@ In: a nested mapping. Out: one immutable `Settings`. The command line's flags, `
 
 from __future__ import annotations
 
-import difflib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from typing import Annotated, Any, Literal
 
 from pydantic import (
-    BaseModel,
     BeforeValidator,
     Field,
     SecretStr,
@@ -23,14 +21,13 @@ from pydantic import (
 )
 
 from amalgam.base.processors import usable_threads
-from amalgam.base.validation import expectation
 from amalgam.config.cluster import ClusterSettings
 from amalgam.config.devices import DeviceName, MemorySize, device_name
-from amalgam.config.fields import ModelPath, Section, UserPath, split_list
+from amalgam.config.explaining import explain
+from amalgam.config.fields import Address, ModelPath, Section, UserPath, split_list
 from amalgam.config.filters import FiltersSettings
 from amalgam.config.names import MAX_KEPT, WeightsName
-from amalgam.config.text import ENV_PREFIX
-from amalgam.errors import ConfigError, describe
+from amalgam.errors import ConfigError
 
 BASE_SOURCE = "base"
 PATH_SUFFIX = "_path"
@@ -314,7 +311,7 @@ class ServerSettings(Section):
     """Whether the line of a request holds its prompts."""
     metrics_compat: Literal["none", "vllm"] = "none"
     """none | vllm: whether /metrics also has the figures under vLLM's names."""
-    otlp_endpoint: str = Field(default="", pattern=r"^(https?://[^/\s?#]+[^\s]*)?$")
+    otlp_endpoint: Address = Field(default="", pattern=r"^(https?://[^/\s?#]+[^\s]*)?$")
     """Where a span of each request is sent, by OTLP over HTTP: `http://collector:4318`. Empty: nowhere."""
 
     chat_template: UserPath = ""
@@ -492,7 +489,7 @@ def build_settings(data: Mapping[str, Any], origins: Mapping[str, str] | None = 
     try:
         return Settings.model_validate(data)
     except ValidationError as error:
-        raise ConfigError("Configuration is invalid:\n" + "\n".join(_explain(error, origins or {}))) from None
+        raise ConfigError("Configuration is invalid:\n" + "\n".join(explain(error, Settings, origins))) from None
 
 
 def build_rules(mapping: Mapping[str, PlacementLike]) -> tuple[Rule, ...]:
@@ -504,7 +501,7 @@ def build_rules(mapping: Mapping[str, PlacementLike]) -> tuple[Rule, ...]:
     try:
         return tuple(_rule(pattern, value) for pattern, value in mapping.items())
     except ValidationError as error:
-        raise ConfigError("weight_mapping is invalid:\n" + "\n".join(_explain(error))) from None
+        raise ConfigError("weight_mapping is invalid:\n" + "\n".join(explain(error, Rule))) from None
 
 
 def placing(rules: Iterable[Rule]) -> tuple[Rule, ...]:
@@ -518,36 +515,3 @@ def _rule(pattern: str, value: PlacementLike) -> Rule:
     return Rule.model_validate(
         {"source": value, "pattern": pattern} if isinstance(value, str) else {**value, "pattern": pattern}
     )
-
-
-def _suggestion(location: Sequence[str | int]) -> str:
-    """What to do about a setting that there is not: the section may have one of nearly that name."""
-    section: type[BaseModel] = Settings
-    for part in location[:-1]:
-        field = section.model_fields.get(str(part))
-        kind = None if field is None else field.annotation
-        if not (isinstance(kind, type) and issubclass(kind, BaseModel)):
-            return "Remove it or correct its name."
-        section = kind
-    close = difflib.get_close_matches(str(location[-1])[:64], section.model_fields, n=1)
-    if not close:
-        return "Remove it or correct its name; `amalgam config` lists the settings."
-    return f"Did you mean {'.'.join(map(str, (*location[:-1], close[0])))}?"
-
-
-def _explain(error: ValidationError, origins: Mapping[str, str] | None = None) -> list[str]:
-    lines = []
-    for item in error.errors(include_url=False):
-        key = ".".join(str(part) for part in item["loc"]) or "(top level)"
-        origin = (origins or {}).get(key, "")
-        if origin.startswith(ENV_PREFIX):
-            key = f"{key} ({origin})"
-        if item["type"] == "extra_forbidden":
-            lines.append(f"  {key}: unknown setting. {_suggestion(item['loc'])}")
-        elif item["type"] == "missing":
-            lines.append(f"  {key}: is required. Give --config FILE, or set it by its flag or environment variable.")
-        elif item["type"] == "value_error":
-            lines.append(f"  {key}: {item['ctx']['error']}.")
-        else:
-            lines.append(f"  {key}: is {describe(item['input'])}. {expectation(item)}")
-    return lines

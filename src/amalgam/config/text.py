@@ -16,7 +16,9 @@ from typing import Any
 
 import yaml
 
-from amalgam.errors import ConfigError, describe
+from amalgam.base.escaping import one_line
+from amalgam.base.validation import kind_in_words
+from amalgam.errors import ConfigError
 
 ENV_PREFIX = "AMALGAM_"
 MAX_CONFIG_BYTES = 16 * 2**20
@@ -30,6 +32,8 @@ _SERVICE_ADDRESS = re.compile(r"(tcp|udp|sctp)://\S*")
 
 _MISSPELT = 0.85  # at least so alike are a setting's name and one that is meant to be it
 _SIMILAR = 0.7
+
+_QUOTED_WORD = re.compile(r"(['\"])(?!<)\S{2,}?\1")  # one character tells nothing, and <…> is a word of PyYAML's own
 
 logger = logging.getLogger("amalgam.config")
 
@@ -58,7 +62,7 @@ def read_yaml(path: Path) -> dict[str, Any]:
     if data is None:
         raise ConfigError(f"Configuration file {str(path)!r} is empty.", remedy="Expected a mapping.")
     if not isinstance(data, dict):
-        raise ConfigError(f"Configuration file {str(path)!r} holds {describe(data)}.", remedy="Expected a mapping.")
+        raise ConfigError(f"Configuration file {str(path)!r} is {kind_in_words(data)}.", remedy="Expected a mapping.")
     return data
 
 
@@ -70,8 +74,19 @@ def parse_yaml(text: str) -> Any:
     """
     try:
         return yaml.load(text, Loader=_TextLoader)
+    except yaml.MarkedYAMLError as error:
+        raise ValueError(_told(error)) from None
     except (yaml.YAMLError, RecursionError) as error:
         raise ValueError(str(error)) from None
+    except (ValueError, LookupError, AttributeError):  # PyYAML's, of `!!int abc`, `!!bool abc` and `!!timestamp abc`
+        raise ValueError("a value is none of its tag's") from None
+
+
+def _told(error: yaml.MarkedYAMLError) -> str:
+    """What is wrong and where, without words of the text: a key may stand there, such as `*key` or `!key`."""
+    mark = error.problem_mark or error.context_mark
+    place = "" if mark is None else f" (line {mark.line + 1}, column {mark.column + 1})"
+    return _QUOTED_WORD.sub("…", error.problem or error.context or "it cannot be read") + place
 
 
 class _TextLoader(yaml.SafeLoader):
@@ -87,7 +102,7 @@ class _TextLoader(yaml.SafeLoader):
             if isinstance(key_node, yaml.ScalarNode) and key_node.tag != _MERGE:
                 if key_node.value in seen:
                     raise yaml.constructor.ConstructorError(
-                        None, None, f"key {key_node.value!r} stands twice", key_node.start_mark
+                        None, None, f"the key {one_line(key_node.value)} stands twice", key_node.start_mark
                     )
                 seen.add(key_node.value)
         return super().construct_mapping(node, deep)

@@ -277,8 +277,8 @@ def _entry(path: Path, index: int, item: Any) -> KeyEntry:
     try:
         return KeyEntry.model_validate(fields)
     except ValidationError as error:
-        reasons = [
-            f"{'.'.join(map(str, part['loc'])) or 'it'}: {expectation(part).rstrip('.')}"
-            for part in error.errors(include_input=False)
-        ]
+        parts = error.errors(include_input=False)
+        if any(part["loc"] == ("key",) and part["type"] == "missing" for part in parts):  # `- KEY: alice`
+            parts = [part for part in parts if part["type"] != "extra_forbidden"]
+        reasons = [f"{'.'.join(map(str, part['loc'])) or 'it'}: {expectation(part).rstrip('.')}" for part in parts]
         raise ConfigError(f"server.api_keys_file {str(path)!r}, entry {index}: {'; '.join(reasons)}.") from None

@@ -85,7 +85,7 @@ def _hook(rule: FilterRule, hooks: Mapping[str, HookFactory]) -> Hook:
             remedy=f"There are, as entry points of {GROUP}: {offered}.",
         )
     try:
-        hook = hooks[rule.hook](rule.options)
+        hook = hooks[rule.hook](rule.options.get_secret_value())
     except ConfigError:
         raise
     except Exception as error:  # somebody else's code, which is given what a user wrote

@@ -14,6 +14,7 @@ from typing import Any, cast
 
 import torch
 
+from amalgam.base.escaping import without_password
 from amalgam.composition.loader import ModelLoader
 from amalgam.composition.progress import Progress
 from amalgam.composition.wide import WideModel
@@ -33,12 +34,6 @@ from amalgam.pruning.survey import LayerExperts, Survey, survey
 from amalgam.pruning.trial import on_trial
 from amalgam.pruning.writing import CutMaker, Maker, SparseMaker
 from amalgam.tools.pruning.options import PruneOptions
-
-
-def without_password(place: str) -> str:
-    """A file's name, or an address as others may read it."""
-    scheme, separator, rest = place.partition("://")
-    return f"{scheme}://{rest.rpartition('@')[2]}" if separator else place
 
 
 @dataclass(frozen=True, eq=False)
