@@ -20,8 +20,9 @@ from torch import Tensor
 
 from amalgam.composition.loader import ModelLoader
 from amalgam.composition.quantize import quantize_checkpoint
+from amalgam.config.inference import InferenceSettings
+from amalgam.config.model import MixedPrecisionSettings, ModelSettings
 from amalgam.config.reading import load_settings
-from amalgam.config.settings import InferenceSettings, MixedPrecisionSettings, ModelSettings
 from amalgam.engine.params import SamplingParams
 from amalgam.formats.grid import QuantizeOptions
 from amalgam.kernels.step import StepContext, StepSequence

@@ -27,7 +27,8 @@ from plotly.subplots import make_subplots
 
 from amalgam.composition.loader import ModelLoader
 from amalgam.composition.quantize import quantize_checkpoint
-from amalgam.config.settings import Settings, build_rules, build_settings
+from amalgam.config.placement import build_rules
+from amalgam.config.settings import Settings, build_settings
 from amalgam.engine.params import SamplingParams
 from amalgam.evaluation.quality import Reference
 from amalgam.evaluation.running import Contestant, open_contestant

@@ -18,7 +18,8 @@ import torch
 from torch import Tensor
 
 from amalgam.composition.loader import ModelLoader
-from amalgam.config.settings import InferenceSettings, ModelSettings
+from amalgam.config.inference import InferenceSettings
+from amalgam.config.model import ModelSettings
 from amalgam.kernels.step import StepContext, StepSequence
 from amalgam.models.decoder import Decoder
 from amalgam.models.kv_cache import KV_TYPES, KVCache

@@ -29,7 +29,9 @@ from amalgam.calibration.inputs import Inputs
 from amalgam.calibration.stream import Stream
 from amalgam.composition.loader import ModelLoader
 from amalgam.composition.quantize import quantize_checkpoint
-from amalgam.config.settings import InferenceSettings, MixedPrecisionSettings, ModelSettings, build_rules
+from amalgam.config.inference import InferenceSettings
+from amalgam.config.model import MixedPrecisionSettings, ModelSettings
+from amalgam.config.placement import build_rules
 from amalgam.evaluation.quality import Reference, divergence_of
 from amalgam.evaluation.running import open_contestant
 from amalgam.evaluation.texts import Document, read_texts, sample_of

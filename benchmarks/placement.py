@@ -23,7 +23,8 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from amalgam.config.settings import EngineSettings, InferenceSettings
+from amalgam.config.engine import EngineSettings
+from amalgam.config.inference import InferenceSettings
 from amalgam.kernels.step import StepContext, StepSequence
 from amalgam.models.decoder import Decoder
 from amalgam.models.kv_cache import KVCache

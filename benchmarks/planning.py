@@ -30,7 +30,8 @@ import torch
 
 from amalgam.composition.loader import ModelLoader
 from amalgam.composition.quantize import quantize_checkpoint
-from amalgam.config.settings import InferenceSettings, MixedPrecisionSettings, ModelSettings
+from amalgam.config.inference import InferenceSettings
+from amalgam.config.model import MixedPrecisionSettings, ModelSettings
 from amalgam.evaluation.confidence import Interval
 from amalgam.evaluation.quality import Reference, by_domain
 from amalgam.evaluation.running import Contestant, open_contestant

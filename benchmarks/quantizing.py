@@ -39,7 +39,8 @@ from amalgam.composition.quantize import make_checkpoint
 from amalgam.composition.quantizing.recipe import CalibrationTexts, Recipe
 from amalgam.composition.quantizing.report import QuantizeReport
 from amalgam.composition.source import Source
-from amalgam.config.settings import InferenceSettings, ModelSettings
+from amalgam.config.inference import InferenceSettings
+from amalgam.config.model import ModelSettings
 from amalgam.evaluation.confidence import Bootstrap, Interval
 from amalgam.evaluation.quality import Figures, Reference, by_domain
 from amalgam.evaluation.running import Contestant, open_contestant

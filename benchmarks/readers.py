@@ -30,7 +30,8 @@ from torch import Tensor
 from amalgam.composition.loader import ModelLoader
 from amalgam.composition.quantize import make_checkpoint
 from amalgam.composition.quantizing.recipe import Recipe
-from amalgam.config.settings import InferenceSettings, ModelSettings
+from amalgam.config.inference import InferenceSettings
+from amalgam.config.model import ModelSettings
 from amalgam.evaluation.quality import log_probabilities, scored
 from amalgam.evaluation.running import open_contestant
 from amalgam.evaluation.texts import Sample, read_texts, sample_of

@@ -41,7 +41,7 @@ from remapping.pause import show_first, show_flip, show_pause
 from rich.console import Console
 from rich.table import Table
 
-from amalgam.config.settings import BASE_SOURCE
+from amalgam.config.placement import BASE_SOURCE
 from amalgam.tools.bench import commit, hardware
 
 SHOWS = ("exact", "pause", "memory", "first", "kills", "flip")

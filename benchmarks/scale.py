@@ -31,7 +31,10 @@ from amalgam.checkpoint.writer import write_checkpoint
 from amalgam.cli.console import out, progress_bar
 from amalgam.composition.loader import ModelLoader
 from amalgam.composition.manifest import plan_manifest
-from amalgam.config.settings import EngineSettings, InferenceSettings, MixedPrecisionSettings, ModelSettings, Rule
+from amalgam.config.engine import EngineSettings
+from amalgam.config.inference import InferenceSettings
+from amalgam.config.model import MixedPrecisionSettings, ModelSettings
+from amalgam.config.placement import Rule
 from amalgam.engine.memory import available_bytes, peak_memory_bytes
 from amalgam.models.registry import read_spec
 from amalgam.models.spec import ModelSpec, Slot

@@ -22,7 +22,7 @@ from rich.table import Table
 
 from amalgam import _native
 from amalgam.cli.console import out, progress_bar
-from amalgam.config.settings import InferenceSettings
+from amalgam.config.inference import InferenceSettings
 from amalgam.kernels.step import StepContext, StepSequence
 from amalgam.models.decoder import Decoder
 from amalgam.models.kv_cache import KVCache

@@ -18,8 +18,10 @@ from amalgam.checkpoint.shards import Identity
 from amalgam.composition import packed_cache, planned
 from amalgam.composition.loader import ModelLoader
 from amalgam.composition.source import Source
+from amalgam.config.inference import InferenceSettings
+from amalgam.config.model import MixedPrecisionSettings, ModelSettings
 from amalgam.config.reading import load_settings
-from amalgam.config.settings import InferenceSettings, MixedPrecisionSettings, ModelSettings, StatisticsSettings
+from amalgam.config.statistics import StatisticsSettings
 from amalgam.experts.overview import drift
 from amalgam.experts.saved.files import load
 from amalgam.experts.saved.sets import merge

@@ -18,7 +18,7 @@ import torch
 from amalgam import LLM, Grammar, SamplingParams
 from amalgam.checkpoint.writer import write_checkpoint
 from amalgam.cli import main
-from amalgam.config.settings import StatisticsSettings
+from amalgam.config.statistics import StatisticsSettings
 from amalgam.errors import (
     ConfigError,
     PlanError,
@@ -227,7 +227,8 @@ def test_peak_memory_is_the_weights_and_little_more(tmp_path: Path) -> None:
     program = """
 import sys, torch
 from amalgam.composition.loader import ModelLoader
-from amalgam.config.settings import InferenceSettings, ModelSettings
+from amalgam.config.inference import InferenceSettings
+from amalgam.config.model import ModelSettings
 from amalgam.engine.memory import peak_memory_bytes
 loader = ModelLoader(ModelSettings(base_path=sys.argv[1]), InferenceSettings(), torch.device("cpu"), threads=2)
 planned = loader.plan()

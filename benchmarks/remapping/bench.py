@@ -19,8 +19,9 @@ from typing import Any
 import yaml
 from remapping.live import LiveServer, Question, StreamedAnswer
 
+from amalgam.config.placement import BASE_SOURCE
 from amalgam.config.reading import load_settings
-from amalgam.config.settings import BASE_SOURCE, Settings
+from amalgam.config.settings import Settings
 
 DERIVED: Mapping[str, dict[str, Any]] = {
     "fp8": {"format": "fp8", "scale": "block"},

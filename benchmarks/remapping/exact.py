@@ -12,7 +12,7 @@ from typing import Any
 from remapping.bench import MOST_TOKENS, QUESTIONS, Bench, Change, Weights, clients, until
 from remapping.live import LiveServer, Question, StreamedAnswer
 
-from amalgam.config.settings import BASE_SOURCE
+from amalgam.config.placement import BASE_SOURCE
 from amalgam.engine.params import SamplingParams
 from amalgam.runtime.opening import open_deployment
 

@@ -14,7 +14,7 @@ from clients import percentile
 from remapping.bench import MOST_TOKENS, QUESTIONS, Bench, Change, Weights, ask_each
 from remapping.live import LiveServer
 
-from amalgam.config.settings import BASE_SOURCE
+from amalgam.config.placement import BASE_SOURCE
 
 
 def show_memory(bench: Bench, sources: Sequence[str]) -> list[dict[str, Any]]:

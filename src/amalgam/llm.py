@@ -18,8 +18,8 @@ import numpy.typing as npt
 
 from amalgam.composition.progress import Progress
 from amalgam.config.names import CURRENT
+from amalgam.config.placement import PlacementLike, Rule, build_rules
 from amalgam.config.reading import load_settings
-from amalgam.config.settings import PlacementLike, Rule, build_rules
 from amalgam.engine.core import Engine
 from amalgam.engine.params import SamplingParams
 from amalgam.engine.request import Generation, Observation, Pooling, RequestOutput

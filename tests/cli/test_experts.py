@@ -303,7 +303,7 @@ def test_tokens_are_shown_as_they_are(capsys: pytest.CaptureFixture[str]) -> Non
 
 def make_tracker(num_layers: int, num_experts: int, top_k: int = 2, num_tokens: int = 400) -> ExpertTracker:
     """Tokens of two labels that like some experts better."""
-    from amalgam.config.settings import StatisticsSettings
+    from amalgam.config.statistics import StatisticsSettings
 
     tracker, rng = ExpertTracker(range(num_layers), num_experts, top_k, StatisticsSettings()), np.random.default_rng(0)
     for request_id, label in enumerate(("en", "宋词")):

@@ -18,7 +18,8 @@ from amalgam.cli import main
 from amalgam.composition.loader import ModelLoader
 from amalgam.composition.quantize import quantize_checkpoint
 from amalgam.composition.wide import WideModel
-from amalgam.config.settings import InferenceSettings, build_settings
+from amalgam.config.inference import InferenceSettings
+from amalgam.config.settings import build_settings
 from amalgam.errors import CheckpointError, ConfigError, UnsupportedError
 from amalgam.evaluation.running import open_contestant
 from amalgam.evaluation.texts import Window

@@ -24,7 +24,7 @@ from amalgam.cluster.interface import (
     Weights,
 )
 from amalgam.cluster.routing import Routing
-from amalgam.config.settings import Rule
+from amalgam.config.placement import Rule
 from amalgam.engine.generation_config import ModelDefaults
 from amalgam.engine.meter import Meter, Reading
 from amalgam.engine.request import EngineStatus

@@ -18,8 +18,9 @@ from amalgam.cluster.gateway import Gateway
 from amalgam.cluster.interface import Head
 from amalgam.cluster.member import Member
 from amalgam.cluster.routing import Routing
+from amalgam.config.placement import Rule
 from amalgam.config.reading import load_settings
-from amalgam.config.settings import Rule, Settings
+from amalgam.config.settings import Settings
 from amalgam.runtime.changes import ChangeRequest
 from amalgam.runtime.opening import open_deployment
 from amalgam.server.http.lifecycle import DrainingServer, listen, url_of

@@ -8,7 +8,7 @@ import numpy as np
 
 from amalgam.base.clock import Clock
 from amalgam.cluster.merging import Ledger, merge_readings, merge_saved_sets, merge_statuses
-from amalgam.config.settings import StatisticsSettings
+from amalgam.config.statistics import StatisticsSettings
 from amalgam.engine.meter import Load, Meter
 from amalgam.experts.history import Tally
 from amalgam.experts.saved.files import from_bytes, to_bytes

@@ -15,7 +15,7 @@ from amalgam.checkpoint.store import TensorStore
 from amalgam.checkpoint.writer import write_checkpoint
 from amalgam.composition import tied_head
 from amalgam.composition.quantize import quantize_checkpoint
-from amalgam.config.settings import MixedPrecisionSettings
+from amalgam.config.model import MixedPrecisionSettings
 from amalgam.errors import CheckpointError, PlanError
 from amalgam.formats.grid import QuantizeOptions
 from amalgam.models.families.qwen3_moe import FAMILY

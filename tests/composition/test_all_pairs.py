@@ -21,7 +21,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from amalgam.composition import loader
-from amalgam.config.settings import MixedPrecisionSettings
+from amalgam.config.model import MixedPrecisionSettings
 from amalgam.formats.registry import all_formats
 from amalgam.models.families.qwen3_moe import FAMILY
 from tests.formats.layouts import LAYOUTS

@@ -15,7 +15,7 @@ from torch import Tensor
 from amalgam.checkpoint.store import TensorStore
 from amalgam.composition.gauges import axes_of
 from amalgam.composition.rules import Choices
-from amalgam.config.settings import Rule
+from amalgam.config.placement import Rule
 from amalgam.errors import PlanError
 from amalgam.models.families import deepseek_v2, llama, phimoe, qwen2, qwen3_moe
 from amalgam.models.registry import all_families, read_spec

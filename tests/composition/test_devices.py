@@ -11,7 +11,9 @@ import torch
 
 from amalgam.composition.loader import ModelLoader
 from amalgam.composition.progress import LOADING
-from amalgam.config.settings import InferenceSettings, ModelSettings, Rule, build_rules
+from amalgam.config.inference import InferenceSettings
+from amalgam.config.model import ModelSettings
+from amalgam.config.placement import Rule, build_rules
 from amalgam.errors import ConfigError, OutOfMemoryError, PlanError
 from tests.conftest import DEMO
 from tests.errors import raises

@@ -17,7 +17,9 @@ from amalgam.composition.loader import ModelLoader
 from amalgam.composition.manifest import plan_manifest
 from amalgam.composition.quantize import quantize_checkpoint
 from amalgam.composition.source import Source
-from amalgam.config.settings import BASE_SOURCE, InferenceSettings, MixedPrecisionSettings, ModelSettings
+from amalgam.config.inference import InferenceSettings
+from amalgam.config.model import MixedPrecisionSettings, ModelSettings
+from amalgam.config.placement import BASE_SOURCE
 from amalgam.errors import CheckpointError
 from amalgam.formats.fused import FusedTensor
 from amalgam.kernels.backends.cpu import extension

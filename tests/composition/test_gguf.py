@@ -19,7 +19,7 @@ from safetensors.torch import load_file
 
 from amalgam.checkpoint import TensorStore
 from amalgam.composition.source import Source
-from amalgam.config.settings import MixedPrecisionSettings
+from amalgam.config.model import MixedPrecisionSettings
 from amalgam.errors import AmalgamError, CheckpointError, PlanError, UnsupportedError
 from amalgam.models.registry import all_families
 from tests.errors import raises

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from amalgam.composition.quantize import quantize_checkpoint
-from amalgam.config.settings import MixedPrecisionSettings
+from amalgam.config.model import MixedPrecisionSettings
 from amalgam.models.registry import all_families
 from amalgam.tools.analyze import analyze_checkpoint
 from tests.models.harness import Runner, hand_built, load_model

@@ -16,7 +16,9 @@ from amalgam.checkpoint.store import TensorStore
 from amalgam.checkpoint.writer import write_checkpoint
 from amalgam.composition.loader import ModelLoader
 from amalgam.composition.planned import activation_for
-from amalgam.config.settings import InferenceSettings, MixedPrecisionSettings, ModelSettings, Rule
+from amalgam.config.inference import InferenceSettings
+from amalgam.config.model import MixedPrecisionSettings, ModelSettings
+from amalgam.config.placement import Rule
 from amalgam.errors import CheckpointError, PlanError, UnsupportedError
 from amalgam.models.families.qwen3_moe import FAMILY
 from amalgam.models.registry import all_families, read_spec

@@ -11,7 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from amalgam.config.settings import MixedPrecisionSettings
+from amalgam.config.model import MixedPrecisionSettings
 from amalgam.kernels.packed import PackedWeight
 from amalgam.models.registry import all_families, read_spec
 from amalgam.models.spec import Slot

@@ -6,7 +6,7 @@ import pytest
 
 from amalgam.composition.patterns import compile_pattern, specificity
 from amalgam.composition.rules import Choices
-from amalgam.config.settings import Rule
+from amalgam.config.placement import Rule
 from amalgam.errors import PlanError
 from tests.errors import raises
 

@@ -120,6 +120,7 @@ def test_every_setting_has_a_description_and_an_environment_name() -> None:
         ("model: {base_path: /m, mixed_precision: {base_path: /x}}", ["'base'", "model.base_path"]),
         ("model: {base_path: /m, mixed_precision: {a_path: /x, sources: {a: /y}}}", ["'a'", "a_path", "sources"]),
         ("model: {base_path: /m, mixed_precision: {derived: {fp8: {format: fp8}}}}", ["derived['fp8']", "'fp8'"]),
+        (MINIMAL + "weights: {named: {small: {a: int4}}}", ["weights.named['small']['a']", "'int4'", "int4_path"]),
         ("model: {base_path: !!python/object/apply:os.system [true]}", ["config.yaml", "line 1"]),
         ("model: {base_path: !!bool maybe}", ["config.yaml"]),
     ],

@@ -5,7 +5,7 @@ from dataclasses import replace
 
 import pytest
 
-from amalgam.config.settings import StatisticsSettings
+from amalgam.config.statistics import StatisticsSettings
 from amalgam.engine.params import SamplingParams
 from amalgam.engine.request import Observation
 from amalgam.engine.speculation.costs import CostModel

@@ -7,7 +7,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from amalgam.config.settings import StatisticsSettings
+from amalgam.config.statistics import StatisticsSettings
 from amalgam.engine.params import SamplingParams
 from amalgam.engine.probation import Probation, WeightsFailedError
 from amalgam.engine.request import FinishReason, Observation

@@ -3,7 +3,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from amalgam.config.settings import StatisticsSettings
+from amalgam.config.statistics import StatisticsSettings
 from amalgam.engine.memory import available_bytes
 from amalgam.engine.params import SamplingParams
 from amalgam.engine.request import Request, ScheduledRequest, StepPlan

@@ -2,7 +2,7 @@
 
 from dataclasses import replace
 
-from amalgam.config.settings import StatisticsSettings
+from amalgam.config.statistics import StatisticsSettings
 from amalgam.engine.meter import Counts
 from amalgam.engine.request import Observation
 from amalgam.engine.sampler import NonFiniteLogitsError

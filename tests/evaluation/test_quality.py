@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from amalgam.composition.loader import ModelLoader
-from amalgam.config.settings import InferenceSettings, MixedPrecisionSettings, ModelSettings
+from amalgam.config.inference import InferenceSettings
+from amalgam.config.model import MixedPrecisionSettings, ModelSettings
 from amalgam.errors import CheckpointError
 from amalgam.evaluation import quality, running
 from amalgam.evaluation.quality import Reference, by_domain, remarks, summarise

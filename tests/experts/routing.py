@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 from amalgam.base import clock as base
-from amalgam.config.settings import StatisticsSettings
+from amalgam.config.statistics import StatisticsSettings
 from amalgam.experts.tracker import ExpertTracker
 from amalgam.models.routing import TokenSpan
 

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from amalgam.config.settings import StatisticsSettings
+from amalgam.config.statistics import StatisticsSettings
 from amalgam.errors import OverloadedError, RequestError
 from amalgam.experts.statistics import describe_experts, grid
 from amalgam.experts.tracker import ExpertTracker

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from amalgam.config.settings import StatisticsSettings
+from amalgam.config.statistics import StatisticsSettings
 from amalgam.errors import ConfigError, RequestError
 from amalgam.experts.saved.files import from_bytes, to_bytes
 from amalgam.experts.statistics import balance, concentration, describe_experts

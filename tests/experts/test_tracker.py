@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from amalgam.config.settings import StatisticsSettings
+from amalgam.config.statistics import StatisticsSettings
 from amalgam.errors import RequestError
 from amalgam.experts.history import GENERATED, PROMPT, Tally
 from amalgam.experts.snapshot import ExpertSnapshot

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from amalgam.composition.loader import ModelLoader
-from amalgam.config.settings import InferenceSettings, MixedPrecisionSettings, ModelSettings
+from amalgam.config.inference import InferenceSettings
+from amalgam.config.model import MixedPrecisionSettings, ModelSettings
 from amalgam.kernels.backends import Backend, Compiled, Tables
 from amalgam.kernels.backends.cpu import panels
 from amalgam.kernels.backends.cpu.backend import CpuBackend

@@ -12,7 +12,8 @@ from safetensors.torch import load_file, save_file
 
 from amalgam.composition.loader import ModelLoader
 from amalgam.composition.quantize import quantize_checkpoint
-from amalgam.config.settings import InferenceSettings, MixedPrecisionSettings, ModelSettings
+from amalgam.config.inference import InferenceSettings
+from amalgam.config.model import MixedPrecisionSettings, ModelSettings
 from amalgam.evaluation.texts import Document, Sample, sample_of
 from amalgam.formats.grid import QuantizeOptions
 from amalgam.planning.problem import Problem, problem_of

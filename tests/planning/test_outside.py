@@ -11,7 +11,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from amalgam.composition.loader import ModelLoader
-from amalgam.config.settings import InferenceSettings, MixedPrecisionSettings, ModelSettings
+from amalgam.config.inference import InferenceSettings
+from amalgam.config.model import MixedPrecisionSettings, ModelSettings
 from amalgam.evaluation.quality import Reference
 from amalgam.evaluation.running import open_contestant
 from amalgam.evaluation.texts import Sample

@@ -12,7 +12,8 @@ import torch
 import yaml
 
 from amalgam.composition.loader import ModelLoader
-from amalgam.config.settings import build_rules, build_settings
+from amalgam.config.placement import build_rules
+from amalgam.config.settings import build_settings
 from amalgam.errors import ConfigError, PlanError
 from amalgam.evaluation.quality import Reference
 from amalgam.evaluation.running import Contestant, open_contestant

@@ -14,7 +14,9 @@ import torch
 
 from amalgam.base.machine import Machine
 from amalgam.composition.loader import ModelLoader
-from amalgam.config.settings import InferenceSettings, MixedPrecisionSettings, ModelSettings, Settings, build_settings
+from amalgam.config.inference import InferenceSettings
+from amalgam.config.model import MixedPrecisionSettings, ModelSettings
+from amalgam.config.settings import Settings, build_settings
 from amalgam.engine.params import SamplingParams
 from amalgam.engine.request import Generation
 from amalgam.errors import ConfigError, OutOfMemoryError, RequestError

@@ -12,8 +12,8 @@ from weakref import ref
 import pytest
 
 from amalgam.composition import agreement
+from amalgam.config.placement import Rule
 from amalgam.config.reading import load_settings
-from amalgam.config.settings import Rule
 from amalgam.engine.params import SamplingParams
 from amalgam.engine.request import RequestOutput
 from amalgam.engine.runner import Runner

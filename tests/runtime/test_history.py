@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from amalgam.config.placement import Rule
 from amalgam.config.reading import load_settings
-from amalgam.config.settings import Rule
 from amalgam.errors import CancelledError, ConfigError, ConflictError, PlanError
 from amalgam.runtime import changes
 from amalgam.runtime.changes import MAX_REMAPS, Asked, ChangeRequest, RemapLog, RemapRecord

@@ -13,13 +13,10 @@ from safetensors.torch import load_file, save_file
 from amalgam.checkpoint.safetensors_header import TensorEntry
 from amalgam.checkpoint.store import TensorStore
 from amalgam.composition.loader import ModelLoader
-from amalgam.config.settings import (
-    InferenceSettings,
-    MixedPrecisionSettings,
-    ModelSettings,
-    build_rules,
-    build_settings,
-)
+from amalgam.config.inference import InferenceSettings
+from amalgam.config.model import MixedPrecisionSettings, ModelSettings
+from amalgam.config.placement import build_rules
+from amalgam.config.settings import build_settings
 from amalgam.errors import CheckpointError
 from amalgam.runtime import lookahead
 from amalgam.runtime.lookahead import LookAhead

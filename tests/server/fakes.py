@@ -26,7 +26,9 @@ from typing import Any
 
 import numpy as np
 
-from amalgam.config.settings import Placement, Rule, ServerSettings, Settings, build_rules, build_settings
+from amalgam.config.placement import Placement, Rule, build_rules
+from amalgam.config.server import ServerSettings
+from amalgam.config.settings import Settings, build_settings
 from amalgam.engine.generation_config import ModelDefaults
 from amalgam.engine.meter import Load, Meter
 from amalgam.engine.params import SamplingParams

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from amalgam.config.settings import StatisticsSettings
+from amalgam.config.statistics import StatisticsSettings
 from amalgam.experts.tracker import ExpertTracker
 from amalgam.models.routing import TokenSpan
 from amalgam.models.weights import Origin

@@ -18,7 +18,7 @@ import httpx
 import pytest
 import yaml
 
-from amalgam.config.settings import Rule
+from amalgam.config.placement import Rule
 from amalgam.runtime.changes import RemapRecord
 from amalgam.runtime.history import HistoryFile
 from amalgam.runtime.jobs import status_of_record

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 import torch
 
-from amalgam.config.settings import StatisticsSettings
+from amalgam.config.statistics import StatisticsSettings
 from amalgam.engine.request import Observation
 from amalgam.experts.saved.files import from_bytes
 from amalgam.experts.tracker import ExpertTracker

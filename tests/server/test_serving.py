@@ -17,7 +17,7 @@ import torch
 from prometheus_client.openmetrics import parser as openmetrics
 from prometheus_client.parser import text_string_to_metric_families
 
-from amalgam.config.settings import StatisticsSettings
+from amalgam.config.statistics import StatisticsSettings
 from amalgam.engine.meter import Meter, SpeculationCounts
 from amalgam.engine.request import FinishReason
 from amalgam.errors import AmalgamError

@@ -9,14 +9,12 @@ import pytest
 from pydantic import BaseModel
 
 from amalgam.cli.options import OTHERS, SHORT
+from amalgam.config.engine import EngineSettings
 from amalgam.config.filters import FilterRule, FiltersSettings
-from amalgam.config.settings import (
-    EngineSettings,
-    InferenceSettings,
-    ServerSettings,
-    SpeculationSettings,
-    WeightsSettings,
-)
+from amalgam.config.inference import InferenceSettings
+from amalgam.config.server import ServerSettings
+from amalgam.config.speculation import SpeculationSettings
+from amalgam.config.weights import WeightsSettings
 from amalgam.engine.params import SamplingParams
 from amalgam.server.api.anthropic.fields import MessagesBody
 from amalgam.server.api.common import WeightsField

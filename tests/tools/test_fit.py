@@ -16,7 +16,8 @@ import yaml
 from amalgam.base.machine import Machine
 from amalgam.cli import main
 from amalgam.composition.loader import ModelLoader
-from amalgam.config.settings import InferenceSettings, Settings, build_settings
+from amalgam.config.inference import InferenceSettings
+from amalgam.config.settings import Settings, build_settings
 from amalgam.engine.runner import choose_num_blocks
 from amalgam.models.decoder import Decoder
 from amalgam.models.registry import all_families

@@ -10,7 +10,8 @@ import pytest
 import torch
 
 from amalgam.composition.loader import ModelLoader
-from amalgam.config.settings import InferenceSettings, ModelSettings
+from amalgam.config.inference import InferenceSettings
+from amalgam.config.model import ModelSettings
 from amalgam.errors import CheckpointError, ConfigError, ConflictError
 from amalgam.evaluation.quality import scored
 from amalgam.evaluation.running import open_contestant

@@ -11,7 +11,8 @@ import typer
 
 from amalgam.cli.options import with_settings
 from amalgam.cli.server import Server, address_of, no_server_of_ours
-from amalgam.config.settings import ServerSettings, Settings
+from amalgam.config.server import ServerSettings
+from amalgam.config.settings import Settings
 from amalgam.errors import CheckpointError, ConfigError, UnavailableError
 
 if TYPE_CHECKING:

@@ -10,7 +10,8 @@ from typing import Annotated, Any
 import typer
 
 from amalgam.cli.options import refuse_unused, with_settings
-from amalgam.config.settings import ServerSettings, Settings
+from amalgam.config.server import ServerSettings
+from amalgam.config.settings import Settings
 from amalgam.errors import ConfigError
 
 _PLANNING = "Planning for a budget"

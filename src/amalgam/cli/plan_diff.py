@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from amalgam.cli.console import arrow, human_bytes, named, print_json, print_table, say, with_device
 from amalgam.cli.server import Server, address_of, key_of, no_server_of_ours
-from amalgam.config.settings import ServerSettings
+from amalgam.config.server import ServerSettings
 from amalgam.tools.difference import PlanDifference, checked_manifest, read_plan
 
 if TYPE_CHECKING:

@@ -85,7 +85,7 @@ def command(
 ) -> None:
     """Change the source of weights while a server runs; follow, cancel or undo a change; keep versions."""
     from amalgam.cli.server import Server, address_of
-    from amalgam.config.settings import ServerSettings
+    from amalgam.config.server import ServerSettings
 
     changes = {
         "PATTERN=SOURCE or --remove": rules or remove or None,

@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 
 from amalgam.base.escaping import one_line
 from amalgam.base.strict_json import parse_json
-from amalgam.config.settings import ServerSettings
+from amalgam.config.server import ServerSettings
 from amalgam.errors import AmalgamError, ConfigError, ConflictError, NotFoundError, RequestError, UnavailableError
 
 TIMEOUT_SECONDS = 30.0

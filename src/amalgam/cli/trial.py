@@ -84,7 +84,7 @@ def command(
     Without a version it shows the report. Options that are not given have the server's defaults.
     """
     from amalgam.cli.server import Server, address_of
-    from amalgam.config.settings import ServerSettings
+    from amalgam.config.server import ServerSettings
 
     options = {
         "--share": share,

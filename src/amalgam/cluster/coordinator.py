@@ -26,7 +26,7 @@ from amalgam.cluster.interface import Description, ReplicaState, Weights
 from amalgam.cluster.members import Members
 from amalgam.cluster.routing import Routing
 from amalgam.config.names import CURRENT
-from amalgam.config.settings import Rule
+from amalgam.config.placement import Rule
 from amalgam.errors import AmalgamError, ConflictError, UnavailableError, VersionNotFoundError
 from amalgam.runtime.changes import ChangeRequest, RemapLog, RemapRecord, RemapResult
 from amalgam.runtime.history import HistoryFile

@@ -20,7 +20,8 @@ from amalgam.cluster.interface import Counted, Description
 from amalgam.cluster.members import Members
 from amalgam.cluster.merging import Ledger, added, merge_statuses
 from amalgam.cluster.routing import Routing
-from amalgam.config.settings import PlacementLike, Rule, Settings
+from amalgam.config.placement import PlacementLike, Rule
+from amalgam.config.settings import Settings
 from amalgam.engine.generation_config import ModelDefaults
 from amalgam.engine.meter import Meter, Reading
 from amalgam.engine.request import EngineStatus

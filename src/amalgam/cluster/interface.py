@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
 from amalgam.base.machine import ProcessFigures
-from amalgam.config.settings import Rule
+from amalgam.config.placement import Rule
 from amalgam.engine.generation_config import ModelDefaults
 from amalgam.engine.request import EngineStatus
 

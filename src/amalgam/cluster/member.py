@@ -31,7 +31,8 @@ from amalgam.cluster.interface import (
     Weights,
 )
 from amalgam.cluster.merging import merge_saved_sets
-from amalgam.config.settings import Settings, StatisticsSettings
+from amalgam.config.settings import Settings
+from amalgam.config.statistics import StatisticsSettings
 from amalgam.engine.meter import Reading
 from amalgam.errors import ConflictError, UnsupportedError, VersionNotFoundError
 from amalgam.experts.saved.files import from_bytes, to_bytes

@@ -13,7 +13,7 @@ from typing import Any
 
 from amalgam.composition.source import Source
 from amalgam.composition.tied_head import check_tied_head
-from amalgam.config.settings import BASE_SOURCE
+from amalgam.config.placement import BASE_SOURCE
 from amalgam.errors import CheckpointError, describe
 from amalgam.models.registry import read_spec
 from amalgam.models.spec import Family, ModelSpec, Slot

@@ -18,7 +18,7 @@ import torch
 from amalgam.composition.planned import PlannedWeight
 from amalgam.composition.rules import Choice, Choices
 from amalgam.config.devices import device_name, is_stand_in, size_in_bytes
-from amalgam.config.settings import InferenceSettings
+from amalgam.config.inference import InferenceSettings
 from amalgam.errors import ConfigError, OutOfMemoryError, PlanError
 from amalgam.kernels.backends import Backend, choose_backend
 from amalgam.kernels.devices import free_bytes, name_of, torch_device

@@ -26,7 +26,9 @@ from amalgam.composition.progress import Progress, Turn
 from amalgam.composition.reading import WeightReader, packed_cache_folder
 from amalgam.composition.rules import Choice, Choices
 from amalgam.composition.source import CONFIG_NAME, Source
-from amalgam.config.settings import BASE_SOURCE, InferenceSettings, ModelSettings, Rule, build_rules
+from amalgam.config.inference import InferenceSettings
+from amalgam.config.model import ModelSettings
+from amalgam.config.placement import BASE_SOURCE, Rule, build_rules
 from amalgam.errors import CheckpointError, PlanError
 from amalgam.formats.contract import StoredWeight, WeightFormat, WritableFormat
 from amalgam.formats.fused import FusedTensor

@@ -16,7 +16,7 @@ import torch
 from amalgam.composition.packed_cache import key_of
 from amalgam.composition.rules import Choice
 from amalgam.composition.source import Source
-from amalgam.config.settings import InferenceSettings
+from amalgam.config.inference import InferenceSettings
 from amalgam.errors import CheckpointError, OutOfMemoryError
 from amalgam.formats.contract import StoredWeight, WeightFormat, WritableFormat
 from amalgam.kernels.backends import ActivationType, Backend

@@ -20,7 +20,7 @@ from amalgam.checkpoint.shards import Identity
 from amalgam.composition.packed_cache import PackedCache
 from amalgam.composition.planned import PlannedWeight
 from amalgam.composition.progress import LOADING, Progress, Turn, waiting_for
-from amalgam.config.settings import InferenceSettings
+from amalgam.config.inference import InferenceSettings
 from amalgam.kernels.backends import Backend, why_not_compiled
 from amalgam.kernels.devices import uploading
 from amalgam.kernels.packed import PackedWeight

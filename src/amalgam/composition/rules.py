@@ -15,7 +15,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from amalgam.composition.patterns import compile_pattern, is_exact, specificity
-from amalgam.config.settings import Rule
+from amalgam.config.placement import Rule
 from amalgam.errors import PlanError, describe
 
 

@@ -25,7 +25,7 @@ from amalgam.checkpoint.hub import resolve
 from amalgam.checkpoint.shards import Identity
 from amalgam.checkpoint.store import TensorStore
 from amalgam.composition.recognition import group_parts, recognise
-from amalgam.config.settings import BASE_SOURCE
+from amalgam.config.placement import BASE_SOURCE
 from amalgam.errors import CheckpointError, UnsupportedError
 from amalgam.formats.contract import Read, StoredWeight, cut, owned
 from amalgam.formats.declared.config import read_declaration

@@ -1,4 +1,4 @@
-"""Settings of several replicas behind one address."""
+"""Settings of several replicas behind one address: section `cluster`."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Settings of filters: what may not pass in prompts, answers and logs."""
+"""Settings of what may not pass in prompts, answers and logs: section `filters`."""
 
 from __future__ import annotations
 

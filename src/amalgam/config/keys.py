@@ -1,6 +1,6 @@
 """Every setting by its dotted key: what it takes, what it says of itself, and the variable that sets it.
 
-In: the models of `settings.py`. Out: one `SettingInfo` each, of which flags, variables and the reference are made.
+In: the models of the sections. Out: one `SettingInfo` each, of which flags, variables and the reference are made.
 """
 
 from __future__ import annotations

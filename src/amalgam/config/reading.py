@@ -16,7 +16,8 @@ from amalgam.base.validation import kind_in_words
 from amalgam.config.environment import NATIVE_ISA_VARIABLE
 from amalgam.config.fields import can_be_empty
 from amalgam.config.keys import all_settings, setting_keys
-from amalgam.config.settings import PATH_SUFFIX, Settings, build_settings
+from amalgam.config.placement import PATH_SUFFIX
+from amalgam.config.settings import Settings, build_settings
 from amalgam.config.text import our_variables, read_yaml
 from amalgam.errors import ConfigError
 

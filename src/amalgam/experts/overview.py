@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from amalgam.config.settings import StatisticsSettings
+from amalgam.config.statistics import StatisticsSettings
 from amalgam.errors import AmalgamError, RequestError, describe
 from amalgam.experts.comparison import compare, jensen_shannon, mean_or_none
 from amalgam.experts.hints import Hint, find_hints

@@ -24,7 +24,7 @@ from torch import Tensor
 
 from amalgam.base.clock import Clock
 from amalgam.base.histogram import Bins, Histogram
-from amalgam.config.settings import StatisticsSettings
+from amalgam.config.statistics import StatisticsSettings
 from amalgam.errors import RequestError, describe
 from amalgam.experts.autosave import Autosave
 from amalgam.experts.history import DecayingRate, History, Tally, moved, total

@@ -14,7 +14,7 @@ from functools import cached_property
 from amalgam.composition.loader import ModelLoader
 from amalgam.composition.patterns import compile_pattern
 from amalgam.composition.planned import PlannedWeight
-from amalgam.config.settings import BASE_SOURCE
+from amalgam.config.placement import BASE_SOURCE
 from amalgam.errors import ConfigError, PlanError
 
 _EXPERT = re.compile(r"layers\.(\d+)\.mlp\.experts\.(\d+)\.(gate|up|down)$")

@@ -19,7 +19,8 @@ import yaml
 
 from amalgam.base.files import replace_file
 from amalgam.composition.loader import ModelLoader
-from amalgam.config.settings import BASE_SOURCE, Settings, build_rules, build_settings
+from amalgam.config.placement import BASE_SOURCE, build_rules
+from amalgam.config.settings import Settings, build_settings
 from amalgam.config.text import read_yaml
 from amalgam.errors import ConfigError
 from amalgam.planning.problem import Problem

@@ -23,7 +23,9 @@ from amalgam.base.threads import EXIT_SECONDS, StoppableThread
 from amalgam.composition.loader import LoadedVersion, ModelLoader
 from amalgam.composition.planned import PlannedWeight
 from amalgam.config.environment import state_folder
-from amalgam.config.settings import BASE_SOURCE, AutoplanSettings, Rule, Settings, build_rules, placing
+from amalgam.config.placement import BASE_SOURCE, Rule, build_rules, placing
+from amalgam.config.planning import AutoplanSettings
+from amalgam.config.settings import Settings
 from amalgam.engine.core import Engine
 from amalgam.engine.request import Request, RequestOutput
 from amalgam.engine.speculation.draft import DraftProposer

@@ -14,7 +14,8 @@ from amalgam.composition.loader import LoadedVersion, ModelLoader
 from amalgam.composition.planned import PlannedWeight
 from amalgam.composition.progress import Progress
 from amalgam.config.names import MAX_KEPT
-from amalgam.config.settings import Rule, Settings, build_rules
+from amalgam.config.placement import Rule, build_rules
+from amalgam.config.settings import Settings
 from amalgam.engine.memory import available_bytes
 from amalgam.errors import AmalgamError, CheckpointError, OutOfMemoryError
 from amalgam.models.weights import WeightVersion

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence, Sized
 from dataclasses import dataclass, field, replace
 
 from amalgam.base.clock import Clock
-from amalgam.config.settings import Placement, PlacementLike, Rule, build_rules
+from amalgam.config.placement import Placement, PlacementLike, Rule, build_rules
 from amalgam.errors import CancelledError, PlanError, RequestError, UnavailableError, describe
 
 MAX_REMAPS = 256  # that are remembered

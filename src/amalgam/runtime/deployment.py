@@ -14,7 +14,8 @@ from amalgam.base.threads import StoppableThread
 from amalgam.composition.loader import LoadedVersion, ModelLoader
 from amalgam.composition.manifest import plan_manifest
 from amalgam.composition.progress import Progress
-from amalgam.config.settings import PlacementLike, Rule, Settings
+from amalgam.config.placement import PlacementLike, Rule
+from amalgam.config.settings import Settings
 from amalgam.engine.core import Engine
 from amalgam.engine.generation_config import ModelDefaults
 from amalgam.engine.probation import FailedVersion

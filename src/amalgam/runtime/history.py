@@ -33,7 +33,7 @@ from amalgam.base.files import replace_file
 from amalgam.base.locks import FileLock
 from amalgam.base.strict_json import parse_json
 from amalgam.config.names import WeightsName
-from amalgam.config.settings import Rule
+from amalgam.config.placement import Rule
 from amalgam.errors import ConfigError, ConflictError
 from amalgam.runtime.changes import MAX_REMAPS, RemapRecord
 

@@ -14,7 +14,8 @@ import torch
 from amalgam.composition.loader import ModelLoader
 from amalgam.composition.planned import PlannedWeight
 from amalgam.composition.progress import Progress
-from amalgam.config.settings import Rule, Settings
+from amalgam.config.placement import Rule
+from amalgam.config.settings import Settings
 from amalgam.engine.core import Engine
 from amalgam.engine.generation_config import read_model_defaults
 from amalgam.errors import AmalgamError, ConfigError

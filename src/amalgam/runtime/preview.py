@@ -15,7 +15,7 @@ import torch
 from amalgam.composition.devices import Devices
 from amalgam.composition.loader import ModelLoader
 from amalgam.composition.planned import PlannedWeight
-from amalgam.config.settings import Rule
+from amalgam.config.placement import Rule
 from amalgam.errors import OutOfMemoryError
 from amalgam.models.weights import Origin, WeightVersion, fingerprint
 from amalgam.runtime.changes import WeightChange

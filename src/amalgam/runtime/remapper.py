@@ -15,7 +15,8 @@ from traceback import clear_frames
 
 from amalgam.composition.loader import LoadedVersion
 from amalgam.composition.progress import LOADING, Progress
-from amalgam.config.settings import Rule, Settings
+from amalgam.config.placement import Rule
+from amalgam.config.settings import Settings
 from amalgam.engine.core import Engine
 from amalgam.engine.memory import available_bytes
 from amalgam.errors import ConflictError, OutOfMemoryError, VersionNotFoundError

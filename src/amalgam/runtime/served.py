@@ -9,7 +9,7 @@ from typing import Any
 
 from amalgam.composition.loader import ModelLoader
 from amalgam.composition.planned import PlannedWeight
-from amalgam.config.settings import Rule
+from amalgam.config.placement import Rule
 from amalgam.kernels.packed import PackedWeight
 from amalgam.models.spec import ModelSpec
 from amalgam.models.weights import WeightVersion

@@ -13,7 +13,10 @@ import torch
 
 from amalgam.composition.loader import ModelLoader
 from amalgam.composition.progress import Progress
-from amalgam.config.settings import ModelSettings, Rule, Settings, SpeculationSettings, build_rules
+from amalgam.config.model import ModelSettings
+from amalgam.config.placement import Rule, build_rules
+from amalgam.config.settings import Settings
+from amalgam.config.speculation import SpeculationSettings
 from amalgam.engine.memory import available_bytes
 from amalgam.engine.speculation.costs import CostModel
 from amalgam.engine.speculation.draft import DraftProposer

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from amalgam.config.settings import StatisticsSettings
+from amalgam.config.statistics import StatisticsSettings
 from amalgam.errors import RequestError
 from amalgam.experts.by_format import FormatCounter
 from amalgam.experts.hints import COLD, MIN_TOKENS

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from amalgam.base.processors import usable_threads
-from amalgam.config.settings import EngineSettings
+from amalgam.config.engine import EngineSettings
 from amalgam.kernels.backends.cpu.threads import arrange
 
 

@@ -29,7 +29,7 @@ from weakref import ref
 from amalgam.base.heap import return_free_memory
 from amalgam.base.threads import StoppableThread
 from amalgam.config.names import ALLOWED_NAMES, CURRENT, MAX_KEPT, is_weights_name
-from amalgam.config.settings import Rule
+from amalgam.config.placement import Rule
 from amalgam.engine.core import Engine
 from amalgam.engine.probation import FailedVersion
 from amalgam.errors import ConflictError, RequestError, VersionNotFoundError, describe

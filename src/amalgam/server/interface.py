@@ -10,7 +10,8 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mappin
 from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
-from amalgam.config.settings import PlacementLike, Rule, Settings
+from amalgam.config.placement import PlacementLike, Rule
+from amalgam.config.settings import Settings
 from amalgam.engine.meter import Meter
 from amalgam.engine.params import SamplingParams
 from amalgam.engine.request import EngineStatus, FinishReason, Observation, RequestOutput

@@ -11,7 +11,8 @@ from collections.abc import Awaitable, Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Literal
 
-from amalgam.config.settings import PlacementLike, Rule, Settings
+from amalgam.config.placement import PlacementLike, Rule
+from amalgam.config.settings import Settings
 from amalgam.engine.meter import Meter
 from amalgam.engine.params import SamplingParams
 from amalgam.engine.request import EngineStatus, Observation, RequestOutput

@@ -22,7 +22,9 @@ import torch
 from amalgam.composition.loader import ModelLoader
 from amalgam.composition.planned import activation_for, codes_bf16
 from amalgam.composition.progress import Progress
-from amalgam.config.settings import InferenceSettings, ModelSettings, Settings
+from amalgam.config.inference import InferenceSettings
+from amalgam.config.model import ModelSettings
+from amalgam.config.settings import Settings
 from amalgam.engine.core import Engine
 from amalgam.engine.memory import peak_memory_bytes
 from amalgam.engine.params import SamplingParams

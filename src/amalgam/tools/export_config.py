@@ -19,7 +19,9 @@ from pydantic import TypeAdapter, ValidationError
 
 from amalgam.base.files import replace_file
 from amalgam.composition.patterns import compile_pattern
-from amalgam.config.settings import BASE_SOURCE, DerivedSource, SourceName, build_settings
+from amalgam.config.model import DerivedSource
+from amalgam.config.placement import BASE_SOURCE, SourceName
+from amalgam.config.settings import build_settings
 from amalgam.errors import CheckpointError, ConfigError, describe
 from amalgam.formats.registry import all_formats
 from amalgam.tools.analyze import UNQUANTIZED, Analysis

@@ -18,8 +18,9 @@ import torch
 
 from amalgam.composition.loader import ModelLoader
 from amalgam.composition.planned import PlannedWeight
+from amalgam.config.placement import BASE_SOURCE, Rule, build_rules
 from amalgam.config.reading import read_settings
-from amalgam.config.settings import BASE_SOURCE, Rule, Settings, build_rules
+from amalgam.config.settings import Settings
 from amalgam.errors import AmalgamError, ConfigError
 from amalgam.formats.grid import QuantizeOptions
 from amalgam.formats.registry import writable_format

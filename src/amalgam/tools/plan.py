@@ -17,7 +17,8 @@ from amalgam.base.files import replace_file, writing
 from amalgam.composition.loader import ModelLoader
 from amalgam.composition.progress import Progress
 from amalgam.config.environment import state_folder
-from amalgam.config.settings import Settings, build_rules
+from amalgam.config.placement import build_rules
+from amalgam.config.settings import Settings
 from amalgam.engine.memory import STATES_PER_SEQUENCE
 from amalgam.errors import CheckpointError, ConfigError
 from amalgam.evaluation.confidence import Interval

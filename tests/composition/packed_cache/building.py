@@ -8,7 +8,8 @@ from typing import Any
 import torch
 
 from amalgam.composition.loader import ModelLoader
-from amalgam.config.settings import InferenceSettings, MixedPrecisionSettings, ModelSettings
+from amalgam.config.inference import InferenceSettings
+from amalgam.config.model import MixedPrecisionSettings, ModelSettings
 from amalgam.models.weights import WeightVersion
 
 CPU = torch.device("cpu")

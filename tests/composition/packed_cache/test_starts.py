@@ -13,7 +13,9 @@ import pytest
 import torch
 
 from amalgam.composition.loader import LoadedVersion, ModelLoader
-from amalgam.config.settings import InferenceSettings, MixedPrecisionSettings, ModelSettings, build_settings
+from amalgam.config.inference import InferenceSettings
+from amalgam.config.model import MixedPrecisionSettings, ModelSettings
+from amalgam.config.settings import build_settings
 from amalgam.kernels.backends.cpu import extension, mapped, panels, products
 from amalgam.kernels.layouts import DENSE, PANELS_BF16, PANELS_BF16_CODED
 from amalgam.tools.estimate import estimate

@@ -16,7 +16,9 @@ import yaml
 
 from amalgam import LLM, SamplingParams
 from amalgam.composition.loader import ModelLoader
-from amalgam.config.settings import InferenceSettings, MixedPrecisionSettings, ModelSettings, Settings
+from amalgam.config.inference import InferenceSettings
+from amalgam.config.model import MixedPrecisionSettings, ModelSettings
+from amalgam.config.settings import Settings
 from amalgam.formats.contract import QuantizeOptions
 from amalgam.models.families.qwen3_moe import FAMILY
 from amalgam.tools.quantize import quantize_checkpoint

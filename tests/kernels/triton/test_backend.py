@@ -11,7 +11,9 @@ from torch import Tensor
 
 from amalgam.composition.loader import ModelLoader
 from amalgam.composition.quantize import quantize_checkpoint
-from amalgam.config.settings import InferenceSettings, MixedPrecisionSettings, ModelSettings, Rule
+from amalgam.config.inference import InferenceSettings
+from amalgam.config.model import MixedPrecisionSettings, ModelSettings
+from amalgam.config.placement import Rule
 from amalgam.formats.grid import QuantizeOptions
 from amalgam.kernels.backends import choose_backend, why_no_triton
 from amalgam.kernels.backends.reference.interpreter import ReferenceBackend

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from amalgam.composition.quantize import quantize_checkpoint
-from amalgam.config.settings import MixedPrecisionSettings
+from amalgam.config.model import MixedPrecisionSettings
 from amalgam.formats.grid import QuantizeOptions
 from amalgam.kernels.backends.cpu import extension
 from amalgam.kernels.backends.reference.frame import Frame

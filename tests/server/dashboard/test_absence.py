@@ -8,7 +8,7 @@ from typing import Any
 import httpx
 import pytest
 
-from amalgam.config.settings import StatisticsSettings
+from amalgam.config.statistics import StatisticsSettings
 from amalgam.experts.tracker import ExpertTracker
 from amalgam.server.dashboard import events
 from tests.server.browser import Page

@@ -8,7 +8,7 @@ import re
 import httpx
 import pytest
 
-from amalgam.config.settings import StatisticsSettings
+from amalgam.config.statistics import StatisticsSettings
 from amalgam.experts.tracker import ExpertTracker
 from tests.server.browser import Page
 from tests.server.conftest import serving, wait_until_ready

@@ -14,7 +14,9 @@ from fastapi import APIRouter
 from pydantic import BaseModel, Field
 from starlette.responses import Response
 
-from amalgam.config.settings import InferenceSettings, ModelSettings, Placement, Rule
+from amalgam.config.inference import InferenceSettings
+from amalgam.config.model import ModelSettings
+from amalgam.config.placement import Placement, Rule
 from amalgam.server.api.weights import RemapAnswer, remap_answer
 from amalgam.server.dependencies import Admission, ServiceArgument
 from amalgam.server.http.body import Body, StrictRoute

@@ -23,7 +23,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 from amalgam.base.validation import expectation
 from amalgam.config.fields import Section
-from amalgam.config.settings import ServerSettings
+from amalgam.config.server import ServerSettings
 from amalgam.config.text import parse_yaml
 from amalgam.engine.params import MAX_PRIORITY
 from amalgam.errors import AmalgamError, ConfigError

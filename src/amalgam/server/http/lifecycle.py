@@ -29,7 +29,8 @@ from starlette.types import ASGIApp
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from amalgam.base.escaping import one_line
-from amalgam.config.settings import ServerSettings, Settings
+from amalgam.config.server import ServerSettings
+from amalgam.config.settings import Settings
 from amalgam.errors import AmalgamError, ConfigError
 from amalgam.server.http.access import NO_DESCRIPTORS, shortage_log
 from amalgam.server.http.errors import error_content

@@ -8,7 +8,7 @@ from __future__ import annotations
 import ssl
 from pathlib import Path
 
-from amalgam.config.settings import ServerSettings
+from amalgam.config.server import ServerSettings
 from amalgam.errors import ConfigError
 
 

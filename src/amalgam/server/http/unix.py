@@ -16,7 +16,7 @@ import stat
 from pathlib import Path
 
 from amalgam.base.locks import FileLock
-from amalgam.config.settings import ServerSettings
+from amalgam.config.server import ServerSettings
 from amalgam.errors import ConfigError
 
 MAX_PATH_BYTES = 107  # of sockaddr_un, without the byte at its end

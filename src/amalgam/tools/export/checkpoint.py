@@ -20,7 +20,7 @@ from amalgam.composition.carry import carry_files, left_out_tensors, weights_bes
 from amalgam.composition.progress import Progress
 from amalgam.composition.quantizing.shards import Shards, has_shards
 from amalgam.composition.source import CONFIG_NAME
-from amalgam.config.settings import Rule, build_rules
+from amalgam.config.placement import Rule, build_rules
 from amalgam.errors import UnsupportedError
 from amalgam.formats.contract import ACTIVATION_SUFFIXES, StoredWeight, owned
 from amalgam.formats.fused import TensorSlice, whole_of

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 import torch
 
 from amalgam.composition.planned import PlannedWeight
-from amalgam.config.settings import BASE_SOURCE
+from amalgam.config.placement import BASE_SOURCE
 from amalgam.errors import ConfigError, PlanError
 from amalgam.models.spec import Slot
 from amalgam.tools.export.contract import Change, PlannedModel, Share

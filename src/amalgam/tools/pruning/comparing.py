@@ -20,7 +20,7 @@ from torch import Tensor
 
 from amalgam.composition.planned import PlannedWeight
 from amalgam.composition.progress import Progress
-from amalgam.config.settings import BASE_SOURCE
+from amalgam.config.placement import BASE_SOURCE
 from amalgam.errors import PlanError
 from amalgam.evaluation.confidence import Bootstrap, Interval
 from amalgam.evaluation.quality import Figures

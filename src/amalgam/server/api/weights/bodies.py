@@ -11,7 +11,7 @@ from typing import Annotated, Any, Self
 from pydantic import BeforeValidator, Field, model_validator
 
 from amalgam.config.devices import DeviceName
-from amalgam.config.settings import Placement, PlacementLike, Rule, SourceName, source_alone
+from amalgam.config.placement import Placement, PlacementLike, Rule, SourceName, source_alone
 from amalgam.runtime.changes import ChangeRequest
 from amalgam.server.api.common import AskedWeights
 from amalgam.server.api.weights.answers import LogicalName
