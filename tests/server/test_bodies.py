@@ -15,7 +15,7 @@ from pydantic import ValidationError
 from amalgam.server import app  # which knows all bodies there are
 from amalgam.server.api.anthropic.fields import MessagesBody
 from amalgam.server.api.common import MAX_CALLS, MAX_PARTS
-from amalgam.server.api.native import GenerateBody
+from amalgam.server.api.generate import GenerateBody
 from amalgam.server.api.openai.chat import ChatBody
 from amalgam.server.api.openai.responses import ResponseBody
 from amalgam.server.http import body as module

@@ -13,7 +13,7 @@ import pytest
 
 from amalgam.config.settings import build_settings
 from amalgam.errors import ConfigError
-from amalgam.server.api.native import prefers_html
+from amalgam.server.http.accept import prefers_html
 from amalgam.server.http.lifecycle import listen, url_of
 from tests.errors import raises
 from tests.server.conftest import serving, wait_until, wait_until_ready

@@ -12,7 +12,7 @@ from amalgam.engine.params import SamplingParams
 from amalgam.server.api.anthropic.conversation import sampling_params
 from amalgam.server.api.anthropic.fields import MessagesBody
 from amalgam.server.api.common import neutral_defaults
-from amalgam.server.api.native import GenerateBody
+from amalgam.server.api.generate import GenerateBody
 from amalgam.server.api.openai.chat import ChatBody
 from amalgam.server.api.openai.completions import CompletionBody
 

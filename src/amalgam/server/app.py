@@ -28,7 +28,8 @@ from amalgam.server.api import (
     experts,
     exports,
     filters,
-    native,
+    generate,
+    model_info,
     others,
     probes,
     serving,
@@ -36,7 +37,7 @@ from amalgam.server.api import (
     traces,
     weights,
 )
-from amalgam.server.api.native import SamplerFields
+from amalgam.server.api.generate import SamplerFields
 from amalgam.server.api.openai import chat, completions, embeddings, models, responses, tokenize
 from amalgam.server.http.access import AccessLog
 from amalgam.server.http.body import BodyLimit
@@ -58,8 +59,8 @@ from amalgam.server.service import Service
 from amalgam.version import __version__
 
 ROUTERS = (  # every interface there is, in the order of /docs
-    page.router, native.router, summaries.router, experts.router, exports.router, traces.router, *weights.ROUTERS,
-    autoplan.router, probes.router, others.router, serving.router, filters.router, models.router,
+    page.router, generate.router, model_info.router, summaries.router, experts.router, exports.router, traces.router,
+    *weights.ROUTERS, autoplan.router, probes.router, others.router, serving.router, filters.router, models.router,
     completions.router, chat.router, responses.router, embeddings.router, tokenize.router, anthropic.router,
     dashboard.router,
 )  # fmt: skip

@@ -19,7 +19,7 @@ from amalgam.engine.request import FinishReason, Observation, Usage
 from amalgam.errors import RequestError
 from amalgam.server.api.chats import encode_chat
 from amalgam.server.api.common import MAX_INT, ToolUse, WeightsField
-from amalgam.server.api.native import SamplerFields
+from amalgam.server.api.generate import SamplerFields
 from amalgam.server.api.variables import template_variables
 from amalgam.server.dependencies import Admission, ServiceArgument
 from amalgam.server.generation import complete, run_all

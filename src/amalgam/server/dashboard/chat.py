@@ -13,7 +13,7 @@ from pydantic import Field
 from starlette.requests import Request
 from starlette.responses import Response
 
-from amalgam.server.api.native import ObservedFields, event_fields
+from amalgam.server.api.generate import ObservedFields, event_fields
 from amalgam.server.dependencies import Admission, RequestId, ServiceArgument
 from amalgam.server.generation import stream_events
 from amalgam.server.http.access import unless_client_leaves

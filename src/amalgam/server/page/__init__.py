@@ -13,8 +13,9 @@ from fastapi import APIRouter
 from starlette.requests import Request
 from starlette.responses import Response
 
-from amalgam.server.api.native import RootAnswer, prefers_html, root_answer
+from amalgam.server.api.model_info import RootAnswer, root_answer
 from amalgam.server.dependencies import ServiceArgument
+from amalgam.server.http.accept import prefers_html
 from amalgam.server.http.errors import OrjsonResponse
 from amalgam.server.web.files import PAGE, PageFile, file_response, read_files
 

@@ -1,7 +1,7 @@
-"""The native REST interface: generation, and what is being served.
+"""The native REST interface: /generate and /batch_generate.
 
 In: prompts and sampling parameters. Out: text with its figures, at once or as it comes. The rest of the interface is
-in `weights`, `experts` and `exports`.
+in `model_info`, `weights`, `experts` and `exports`.
 """
 
 from __future__ import annotations
@@ -29,8 +29,6 @@ from amalgam.server.generation import Completion, complete, complete_all, stream
 from amalgam.server.http.access import unless_client_leaves
 from amalgam.server.http.body import StrictRoute
 from amalgam.server.http.errors import OrjsonResponse
-from amalgam.server.service import Service, Status
-from amalgam.version import __version__
 
 if TYPE_CHECKING:
     from amalgam.models.routing import RoutingTrace
@@ -149,25 +147,6 @@ class BatchGenerateAnswer(BaseModel):
     details: list[CompletionFigures]
 
 
-class RootAnswer(BaseModel):
-    status: Status
-    model: str
-    version: str
-    weight_version: int | None
-    uptime_seconds: float
-
-
-def root_answer(service: Service) -> RootAnswer:
-    """What `GET /` tells programs."""
-    return RootAnswer(
-        status=service.status,
-        model=service.model_name,
-        version=__version__,
-        weight_version=service.weight_version,
-        uptime_seconds=service.uptime_seconds,
-    )
-
-
 @router.post("/generate", dependencies=[Admission], response_model=GenerateAnswer, response_model_exclude_none=True)
 async def generate(
     body: GenerateBody, request: Request, service: ServiceArgument, request_id: RequestId
@@ -222,27 +201,6 @@ async def batch_generate(
         return result
     details = [_with_experts(figures, item.trace) for figures, item in zip(result.details, completions, strict=True)]
     return await asyncio.to_thread(OrjsonResponse, {**result.model_dump(exclude_none=True), "details": details})
-
-
-@router.get("/model_info", response_model=dict[str, Any])
-async def model_info(service: ServiceArgument) -> Response:
-    """Architecture, sizes, parameters, sources, weights and bytes by precision, memory, devices."""
-    return OrjsonResponse(await asyncio.to_thread(service.deployment.model_info))
-
-
-def prefers_html(accept: str) -> bool:
-    """Whether an Accept header names HTML, and no other type than HTML before JSON (RFC 9110, 12.5.1)."""
-    weights: dict[str, float] = {}
-    for item in accept.split(","):
-        media_type, *parameters = (part.strip().lower() for part in item.split(";"))
-        quality = next((text.removeprefix("q=") for text in parameters if text.startswith("q=")), "1")
-        try:
-            weights[media_type] = float(quality)
-        except ValueError:
-            weights[media_type] = 0.0
-    html = weights.get("text/html", 0.0)
-    json = next((weights[name] for name in ("application/json", "application/*", "*/*") if name in weights), 0.0)
-    return html > 0 and html > json
 
 
 def event_fields(output: RequestOutput) -> dict[str, Any]:
