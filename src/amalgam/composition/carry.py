@@ -18,7 +18,8 @@ from typing import Any
 from amalgam.base.folders import member, member_folder
 from amalgam.checkpoint.store import TensorStore
 from amalgam.composition.check import HEAD, check_leftovers
-from amalgam.composition.source import CONFIG_NAME, Source
+from amalgam.composition.opening import CONFIG_NAME
+from amalgam.composition.source import Source
 from amalgam.errors import AmalgamError
 from amalgam.formats.fused import whole_of
 from amalgam.formats.gguf.pieces import is_rope_table

@@ -21,11 +21,12 @@ from amalgam.base.collector import collector_paused
 from amalgam.composition.agreement import check_agreement
 from amalgam.composition.check import SourceCheck
 from amalgam.composition.devices import Devices, bytes_by_device
+from amalgam.composition.opening import CONFIG_NAME
 from amalgam.composition.planned import PlannedWeight, activation_for, codes_bf16
 from amalgam.composition.progress import Progress, Turn
 from amalgam.composition.reading import WeightReader, packed_cache_folder
 from amalgam.composition.rules import Choice, Choices
-from amalgam.composition.source import CONFIG_NAME, Source
+from amalgam.composition.source import Source
 from amalgam.config.inference import InferenceSettings
 from amalgam.config.model import ModelSettings
 from amalgam.config.placement import BASE_SOURCE, Rule, build_rules

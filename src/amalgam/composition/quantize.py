@@ -35,13 +35,14 @@ from amalgam.composition.carry import (
     without_drafts,
     write_json,
 )
+from amalgam.composition.opening import CONFIG_NAME
 from amalgam.composition.planned import oriented
 from amalgam.composition.progress import Progress
 from amalgam.composition.quantizing.recipe import Recipe, input_arguments
 from amalgam.composition.quantizing.report import QuantizeReport
 from amalgam.composition.quantizing.shards import Shards, has_shards
 from amalgam.composition.quantizing.weights import LayerResult, WeightQuantizer
-from amalgam.composition.source import CONFIG_NAME, Source
+from amalgam.composition.source import Source
 from amalgam.composition.wide import WideModel, layer_of
 from amalgam.errors import CheckpointError
 from amalgam.formats.contract import WritableFormat

@@ -20,25 +20,17 @@ import torch
 from torch import Tensor
 
 from amalgam.base.collector import collector_paused
-from amalgam.base.folders import is_present, read_json
 from amalgam.checkpoint.hub import resolve
 from amalgam.checkpoint.shards import Identity
 from amalgam.checkpoint.store import TensorStore
-from amalgam.composition.recognition import group_parts, recognise
+from amalgam.composition.opening import FusedTable, read_config, reader, stored_weights
 from amalgam.config.placement import BASE_SOURCE
-from amalgam.errors import CheckpointError, UnsupportedError
-from amalgam.formats.contract import Read, StoredWeight, cut, owned
-from amalgam.formats.declared.config import read_declaration
-from amalgam.formats.declared.values import Declaration
-from amalgam.formats.fused import FusedTensor, TensorPart, TensorSlice, whole_of
-from amalgam.formats.gguf import config as gguf_config
-from amalgam.formats.gguf import pieces as gguf_pieces
+from amalgam.errors import CheckpointError
+from amalgam.formats.contract import StoredWeight, cut, owned
+from amalgam.formats.fused import TensorPart, whole_of
 from amalgam.kernels.packed import PackedWeight
 
-CONFIG_NAME = "config.json"
 Finish = Callable[[PackedWeight], PackedWeight]
-# config.json → how the checkpoint's fused tensors hold logical weights.
-FusedTable = Callable[[Mapping[str, Any]], Sequence[FusedTensor]]
 
 
 @dataclass(frozen=True, eq=False)
@@ -80,15 +72,8 @@ class Source:
                 raise
             raise CheckpointError(f"Source {name!r}: {error.what}", remedy=error.remedy) from None
         store = TensorStore.open(folder)
-        config, place = _read_config(store)
-        if store.metadata:
-            return cls(name, folder, store, config, place, dict(_recognise_gguf(store)))
-        declaration = read_declaration(folder, config)
-        weights = {
-            name: recognise(name, parts, declaration, reader(store))
-            for name, parts in group_parts(store, fused(config), declaration).items()
-        }
-        return cls(name, folder, store, config, place, weights)
+        config, place = read_config(store)
+        return cls(name, folder, store, config, place, stored_weights(store, config, fused))
 
     def load(self, stored: StoredWeight, finish: Finish = lambda packed: packed) -> PackedWeight:
         """Read and pack one weight, and give the file's pages back; the result shares no memory with the file.
@@ -186,34 +171,3 @@ class Source:
     def config_digest(self) -> str:
         """Tells configurations apart: what a tensor's bytes mean can depend on them."""
         return hashlib.sha256(json.dumps(self.config, sort_keys=True, default=repr).encode()).hexdigest()
-
-
-def reader(store: TensorStore) -> Read:
-    """Reads tensors and slices of tensors from a store."""
-
-    def read(part: TensorPart) -> Tensor:
-        if isinstance(part, TensorSlice):
-            return part.of(store.read(part.whole))
-        return store.read(part)
-
-    return read
-
-
-def _read_config(store: TensorStore) -> tuple[dict[str, Any], str]:
-    """The configuration and where it stands, or an empty one and why there is none."""
-    folder = store.folder
-    if is_present(folder / CONFIG_NAME):
-        return read_json(folder, CONFIG_NAME), str(folder / CONFIG_NAME)
-    if not store.metadata:
-        return {}, f"{folder} has no {CONFIG_NAME}."
-    try:
-        return gguf_config.read_config(store), f"{store.files[0]} (metadata)"
-    except UnsupportedError as error:
-        return {}, str(error)
-
-
-def _recognise_gguf(store: TensorStore) -> Iterator[tuple[str, StoredWeight]]:
-    """Every tensor is a whole weight, or a part of one that holds many; its type is in its header."""
-    for name, piece in gguf_pieces.translate(store):
-        stored = recognise(name, piece.parts, Declaration(), reader(store))
-        yield name, replace(stored, arrange=piece.arrange)

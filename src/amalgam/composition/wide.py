@@ -13,8 +13,9 @@ from functools import cached_property
 
 import torch
 
+from amalgam.composition.opening import CONFIG_NAME
 from amalgam.composition.planned import oriented
-from amalgam.composition.source import CONFIG_NAME, Source
+from amalgam.composition.source import Source
 from amalgam.errors import CheckpointError
 from amalgam.kernels.layouts import dense
 from amalgam.kernels.packed import PackedWeight

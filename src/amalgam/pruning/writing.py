@@ -30,9 +30,9 @@ from amalgam.composition.carry import (
     without_drafts,
     write_json,
 )
+from amalgam.composition.opening import CONFIG_NAME
 from amalgam.composition.progress import Progress
 from amalgam.composition.quantizing.shards import Shards, has_shards
-from amalgam.composition.source import CONFIG_NAME
 from amalgam.composition.wide import WideModel, layer_of
 from amalgam.models.spec import Slot
 from amalgam.pruning.amounts import Sparsity

@@ -22,8 +22,9 @@ from amalgam.checkpoint import TensorStore, resolve
 from amalgam.checkpoint.store import MAX_INDEX_BYTES
 from amalgam.composition.carry import left_out_tensors
 from amalgam.composition.check import is_surplus_bias
+from amalgam.composition.opening import CONFIG_NAME, reader
 from amalgam.composition.recognition import fitting, group_names, group_parts, recognise
-from amalgam.composition.source import CONFIG_NAME, Source, reader
+from amalgam.composition.source import Source
 from amalgam.errors import AmalgamError, CheckpointError, UnsupportedError, describe
 from amalgam.formats.contract import WEIGHT_SUFFIX
 from amalgam.formats.declared.config import read_declaration

@@ -19,9 +19,9 @@ from torch import Tensor
 
 from amalgam.base.files import check_free, partial_folder, replace_file, resumable_folder, writing
 from amalgam.base.folders import read_json
+from amalgam.composition.opening import CONFIG_NAME
 from amalgam.composition.planned import PlannedWeight
 from amalgam.composition.progress import Progress
-from amalgam.composition.source import CONFIG_NAME
 from amalgam.config.settings import Settings
 from amalgam.errors import CheckpointError, ConfigError, UnsupportedError
 from amalgam.evaluation.confidence import Bootstrap, Interval

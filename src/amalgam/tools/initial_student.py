@@ -17,7 +17,7 @@ from amalgam.base.files import resumable_folder
 from amalgam.base.folders import read_json
 from amalgam.checkpoint.writer import write_checkpoint
 from amalgam.composition.carry import carry_files, write_json
-from amalgam.composition.source import CONFIG_NAME
+from amalgam.composition.opening import CONFIG_NAME
 from amalgam.errors import ConfigError
 from amalgam.models.registry import read_spec
 from amalgam.tools.export.contract import PlannedModel

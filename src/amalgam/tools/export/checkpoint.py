@@ -17,9 +17,9 @@ from torch import Tensor
 
 from amalgam.checkpoint.store import TensorEntry
 from amalgam.composition.carry import carry_files, left_out_tensors, weights_besides, without_drafts, write_json
+from amalgam.composition.opening import CONFIG_NAME
 from amalgam.composition.progress import Progress
 from amalgam.composition.quantizing.shards import Shards, has_shards
-from amalgam.composition.source import CONFIG_NAME
 from amalgam.config.placement import Rule, build_rules
 from amalgam.errors import UnsupportedError
 from amalgam.formats.contract import ACTIVATION_SUFFIXES, StoredWeight, owned

@@ -28,11 +28,12 @@ from amalgam.checkpoint.store import TensorStore
 from amalgam.checkpoint.writer import write_checkpoint
 from amalgam.composition.carry import carry_files, write_json
 from amalgam.composition.check import HEAD, SourceCheck
+from amalgam.composition.opening import CONFIG_NAME
 from amalgam.composition.planned import oriented
 from amalgam.composition.progress import Progress
 from amalgam.composition.quantizing.recipe import CalibrationTexts, check_activations, input_arguments
 from amalgam.composition.quantizing.report import QuantizeReport
-from amalgam.composition.source import CONFIG_NAME, Source
+from amalgam.composition.source import Source
 from amalgam.errors import CheckpointError, ConfigError, UnavailableError, UnsupportedError
 from amalgam.formats.contract import StoredWeight
 from amalgam.formats.grid import QuantizeOptions

@@ -13,7 +13,8 @@ from typing import Any
 
 from amalgam.base.strict_json import parse_json
 from amalgam.composition.carry import carry_files, write_json
-from amalgam.composition.source import CONFIG_NAME, Source
+from amalgam.composition.opening import CONFIG_NAME
+from amalgam.composition.source import Source
 
 _NAMES_CODE = "auto_map"
 _DATA = ("tokenizer.json", "vocab.json")  # large, and transformers looks for no code there
