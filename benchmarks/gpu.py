@@ -37,8 +37,8 @@ from amalgam.config.reading import load_settings
 from amalgam.engine.core import Engine
 from amalgam.kernels.backends import Backend, choose_backend
 from amalgam.kernels.backends.reference.interpreter import ReferenceBackend
-from amalgam.kernels.packed import PackedWeight
 from amalgam.kernels.step import StepContext, StepSequence
+from amalgam.kernels.weights import PackedWeight
 from amalgam.models.decoder import Decoder, emit, ropes_of
 from amalgam.models.kv_cache import KVCache
 from amalgam.models.registry import read_spec

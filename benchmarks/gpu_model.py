@@ -47,7 +47,6 @@ from amalgam.experts.saved.files import load
 from amalgam.kernels.backends.reference.execution import execute
 from amalgam.kernels.backends.reference.frame import Frame
 from amalgam.kernels.layouts import E2M1, LAYOUTS, dense
-from amalgam.kernels.packed import ExpertTable, PackedWeight
 from amalgam.kernels.program import (
     Add,
     Attend,
@@ -71,6 +70,7 @@ from amalgam.kernels.program import (
     rows_of,
 )
 from amalgam.kernels.step import Cache, LayerState, SequenceState, StepContext, StepSequence
+from amalgam.kernels.weights import ExpertTable, PackedWeight
 from amalgam.models.decoder import emit, ropes_of
 from amalgam.models.registry import read_spec
 from amalgam.models.spec import ModelSpec, Slot

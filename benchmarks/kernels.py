@@ -56,9 +56,9 @@ from amalgam.kernels.backends.cpu.backend import CpuBackend
 from amalgam.kernels.backends.cpu.operators import CpuOperators
 from amalgam.kernels.backends.cpu.products import matrix_of, prepare_experts, supports_moe
 from amalgam.kernels.layouts import AFFINE4, CODEBOOKS, E2M1, INT4, TABLE4, dense, pack_nibbles
-from amalgam.kernels.packed import Expert, ExpertTable, PackedWeight
 from amalgam.kernels.program import Convolve, DeltaRule, Embed, Head, Instruction, Program, Rows, ScanStates
 from amalgam.kernels.step import AttentionBatch, LayerCache, LayerState, SequenceState, StepContext, StepSequence
+from amalgam.kernels.weights import Expert, ExpertTable, PackedWeight
 from amalgam.quantizers.contract import quantize
 from amalgam.quantizers.nearest import round_to_nearest
 

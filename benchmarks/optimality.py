@@ -37,7 +37,7 @@ from amalgam.evaluation.running import open_contestant
 from amalgam.evaluation.texts import Document, read_texts, sample_of
 from amalgam.formats.grid import QuantizeOptions
 from amalgam.kernels.backends.reference.interpreter import ReferenceBackend
-from amalgam.kernels.packed import PackedWeight
+from amalgam.kernels.weights import PackedWeight
 from amalgam.planning.knapsack import solve
 from amalgam.planning.losses import costs, losses
 from amalgam.planning.problem import problem_of

@@ -22,7 +22,7 @@ from amalgam.cli.console import out
 from amalgam.formats.registry import writable_format
 from amalgam.kernels.backends.cpu import extension, panels
 from amalgam.kernels.layouts import dense
-from amalgam.kernels.packed import PackedWeight
+from amalgam.kernels.weights import PackedWeight
 from amalgam.quantizers.contract import quantize
 from amalgam.quantizers.nearest import round_to_nearest
 from amalgam.tools.bench import commit, hardware

@@ -37,8 +37,8 @@ from amalgam import _native
 from amalgam.cli.console import out
 from amalgam.kernels.backends.cpu import extension, panels
 from amalgam.kernels.layouts import LAYOUTS, dense
-from amalgam.kernels.packed import PackedWeight
 from amalgam.kernels.step import StepContext, StepSequence
+from amalgam.kernels.weights import PackedWeight
 from amalgam.models.decoder import Decoder
 from amalgam.models.kv_cache import KVCache
 from amalgam.models.registry import read_spec

@@ -28,7 +28,7 @@ from amalgam.experts.saved.sets import merge
 from amalgam.experts.tracker import ExpertTracker
 from amalgam.formats.contract import StoredWeight
 from amalgam.kernels.backends.cpu import extension, panels
-from amalgam.kernels.packed import PackedWeight
+from amalgam.kernels.weights import PackedWeight
 from amalgam.models.weights import WeightVersion
 from tests.conftest import ROOT
 

@@ -12,7 +12,7 @@ from amalgam.formats.registry import writable_format
 from amalgam.kernels.backends.cpu import panels
 from amalgam.kernels.backends.cpu.products import moe, prepare_experts, supports_moe
 from amalgam.kernels.layouts import dense
-from amalgam.kernels.packed import Expert, ExpertTable, PackedWeight
+from amalgam.kernels.weights import Expert, ExpertTable, PackedWeight
 from amalgam.quantizers.contract import quantize
 from amalgam.quantizers.nearest import round_to_nearest
 

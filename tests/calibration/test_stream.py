@@ -14,7 +14,7 @@ from amalgam.calibration.stream import Stream
 from amalgam.errors import CheckpointError
 from amalgam.kernels.backends.reference.interpreter import ReferenceBackend
 from amalgam.kernels.layouts import dense
-from amalgam.kernels.packed import PackedWeight
+from amalgam.kernels.weights import PackedWeight
 from amalgam.models.registry import all_families
 from amalgam.models.spec import ModelSpec
 from amalgam.models.weights import WeightVersion

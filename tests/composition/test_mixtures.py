@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file
 
 from amalgam.config.model import MixedPrecisionSettings
-from amalgam.kernels.packed import PackedWeight
+from amalgam.kernels.weights import PackedWeight
 from amalgam.models.registry import all_families, read_spec
 from amalgam.models.spec import Slot
 from tests.formats.layouts import LAYOUTS

@@ -12,7 +12,7 @@ from torch import Tensor
 from amalgam.calibration.stream import Stream
 from amalgam.evaluation.gradients import OUTSIDE, Gradients
 from amalgam.kernels.layouts import dense
-from amalgam.kernels.packed import PackedWeight
+from amalgam.kernels.weights import PackedWeight
 from amalgam.models.blocks.norms import RmsNorm
 from amalgam.models.registry import all_families
 from tests.models.harness import load_model

@@ -15,7 +15,7 @@ from amalgam.evaluation import quality, running
 from amalgam.evaluation.quality import Reference, by_domain, remarks, summarise
 from amalgam.evaluation.running import open_contestant, step_context
 from amalgam.evaluation.texts import Document, Sample, Window, sample_of
-from amalgam.kernels.packed import PackedWeight
+from amalgam.kernels.weights import PackedWeight
 from amalgam.models.weights import WeightVersion
 from amalgam.text.tokenizer import Tokenizer
 from tests.conftest import DEMO

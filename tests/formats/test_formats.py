@@ -19,7 +19,7 @@ from amalgam.kernels.backends.cpu.operators import CpuOperators
 from amalgam.kernels.backends.reference import operators as reference
 from amalgam.kernels.layouts import dense as pack
 from amalgam.kernels.layouts import pack_nibbles
-from amalgam.kernels.packed import Layout, PackedWeight
+from amalgam.kernels.weights import Layout, PackedWeight
 from amalgam.quantizers.contract import quantize
 from amalgam.quantizers.nearest import round_to_nearest
 from tests.errors import raises

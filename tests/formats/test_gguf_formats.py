@@ -13,7 +13,7 @@ from amalgam.checkpoint.gguf import BLOCK_TYPES
 from amalgam.checkpoint.safetensors_header import TensorEntry
 from amalgam.errors import CheckpointError
 from amalgam.kernels.backends.reference import operators as reference
-from amalgam.kernels.packed import PackedWeight
+from amalgam.kernels.weights import PackedWeight
 from tests.errors import raises
 from tests.formats.layouts import get_format
 

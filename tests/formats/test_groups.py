@@ -17,7 +17,7 @@ from amalgam.formats.grid import QuantizeOptions
 from amalgam.formats.registry import writable_format
 from amalgam.kernels.backends.cpu import extension, panels, products
 from amalgam.kernels.layouts import dense
-from amalgam.kernels.packed import PackedWeight
+from amalgam.kernels.weights import PackedWeight
 from tests.errors import raises
 from tests.formats.layouts import ct
 

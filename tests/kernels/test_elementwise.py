@@ -11,7 +11,7 @@ import torch
 from amalgam.kernels.backends.cpu import elementwise, extension, panels, products, sampling
 from amalgam.kernels.backends.reference import operators as reference
 from amalgam.kernels.layouts import dense
-from amalgam.kernels.packed import GEGLU, SWIGLU, Activation
+from amalgam.kernels.weights import GEGLU, SWIGLU, GatedActivation
 from tests.errors import raises
 from tests.kernels.conftest import supported_isas
 
@@ -43,10 +43,10 @@ def test_rotate(dtype: torch.dtype) -> None:
 @pytest.mark.usefixtures("isa")
 @pytest.mark.parametrize(
     "activation",
-    [SWIGLU, GEGLU, Activation(1.702, 1.0, 2.0), Activation(limit=2.0, is_gelu=True)],
+    [SWIGLU, GEGLU, GatedActivation(1.702, 1.0, 2.0), GatedActivation(limit=2.0, is_gelu=True)],
     ids=["swiglu", "geglu", "clamped", "clamped geglu"],
 )
-def test_gated(dtype: torch.dtype, activation: Activation) -> None:
+def test_gated(dtype: torch.dtype, activation: GatedActivation) -> None:
     for size in (1, 15, 17, 1000):
         gate, up = sample(3, size, dtype=dtype) * 5, sample(3, size, dtype=dtype, seed=1)
         expected = reference.gated(gate, up, activation)

@@ -19,7 +19,6 @@ from amalgam.kernels.backends.cpu import extension
 from amalgam.kernels.backends.cpu.backend import CpuBackend
 from amalgam.kernels.backends.reference.interpreter import ReferenceBackend
 from amalgam.kernels.layouts import dense
-from amalgam.kernels.packed import PackedWeight
 from amalgam.kernels.program import (
     Convolve,
     DeltaRule,
@@ -35,6 +34,7 @@ from amalgam.kernels.program import (
     Split,
 )
 from amalgam.kernels.step import LayerCache, LayerState, SequenceState, StepContext, StepSequence
+from amalgam.kernels.weights import PackedWeight
 from tests.errors import raises
 
 pytestmark = pytest.mark.skipif(not extension.is_available(), reason=str(extension.why_unavailable()))

@@ -7,7 +7,7 @@ import torch
 
 from amalgam.kernels.backends.cpu import extension, mapped, panels
 from amalgam.kernels.layouts import DENSE, INT4, LAYOUTS, dense, is_known, scale_columns, with_columns
-from amalgam.kernels.packed import Layout
+from amalgam.kernels.weights import Layout
 from tests.errors import raises
 from tests.kernels.weights import int4
 

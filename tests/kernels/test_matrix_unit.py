@@ -13,7 +13,7 @@ from torch import Tensor
 from amalgam.kernels.backends.cpu import extension, panels, products
 from amalgam.kernels.backends.cpu.operators import CpuOperators
 from amalgam.kernels.backends.cpu.panels import PanelWeight
-from amalgam.kernels.packed import Expert, ExpertTable, PackedWeight
+from amalgam.kernels.weights import Expert, ExpertTable, PackedWeight
 from tests.kernels.weights import dense, every_layout, int4
 
 if TYPE_CHECKING:

@@ -13,7 +13,7 @@ from amalgam.kernels.backends.cpu import extension, panels, products
 from amalgam.kernels.backends.cpu.operators import CpuOperators
 from amalgam.kernels.backends.reference import operators as reference
 from amalgam.kernels.layouts import DENSE
-from amalgam.kernels.packed import SWIGLU, Activation, Expert, ExpertTable, PackedWeight
+from amalgam.kernels.weights import SWIGLU, Expert, ExpertTable, GatedActivation, PackedWeight
 from tests.errors import raises
 from tests.kernels.weights import every_layout
 
@@ -55,7 +55,9 @@ def routing(tokens: int, experts: int, k: int, seed: int = 2) -> tuple[Tensor, T
     return ids, torch.rand((tokens, k), generator=generator)
 
 
-def exact(x: Tensor, ids: Tensor, weights: Tensor, experts: list[Expert], activation: Activation = SWIGLU) -> Tensor:
+def exact(
+    x: Tensor, ids: Tensor, weights: Tensor, experts: list[Expert], activation: GatedActivation = SWIGLU
+) -> Tensor:
     def product(inputs: Tensor, weight: PackedWeight, bias: Tensor | None) -> Tensor:
         result = inputs @ weight.dequantize(torch.float64).T
         return result if bias is None else result + bias.double()
@@ -108,7 +110,7 @@ def test_other_activations(dtype: torch.dtype) -> None:
     experts = mixed_experts(3, has_bias=True)
     x = random(5, HIDDEN).to(dtype)
     ids, weights = routing(5, 3, 2)
-    for activation in (Activation(1.702, 1.0, 7.0), Activation(0.5, 0.0, 0.25), Activation(offset=-2.0)):
+    for activation in (GatedActivation(1.702, 1.0, 7.0), GatedActivation(0.5, 0.0, 0.25), GatedActivation(offset=-2.0)):
         result = moe(x, ids, weights, packed(experts), activation)
         assert error(result, exact(x, ids, weights, experts, activation)) < TOLERANCE[dtype]
 

@@ -25,7 +25,7 @@ from amalgam.kernels.layouts import (
     PANELS_INT4,
     SCALED8,
 )
-from amalgam.kernels.packed import PackedWeight
+from amalgam.kernels.weights import PackedWeight
 from tests.errors import raises
 from tests.kernels.weights import (
     QUANTIZED,

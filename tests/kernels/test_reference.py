@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from amalgam.kernels.backends.reference import operators as reference
-from amalgam.kernels.packed import SWIGLU, Activation
+from amalgam.kernels.weights import SWIGLU, GatedActivation
 
 GENERATOR = torch.Generator().manual_seed(1)
 
@@ -40,9 +40,11 @@ def test_layer_norm_of_half_types_is_computed_in_float32() -> None:
 
 
 @pytest.mark.parametrize(
-    "activation", [SWIGLU, Activation(1.702, 1.0, 7.0), Activation(1.2, 0.5), Activation(limit=0.5)], ids=str
+    "activation",
+    [SWIGLU, GatedActivation(1.702, 1.0, 7.0), GatedActivation(1.2, 0.5), GatedActivation(limit=0.5)],
+    ids=str,
 )
-def test_gated_follows_the_formula(activation: Activation) -> None:
+def test_gated_follows_the_formula(activation: GatedActivation) -> None:
     gate, up = random(7, 33) * 8, random(7, 33) * 8
     g, u = gate.double(), up.double()
     if activation.limit is not None:

@@ -19,8 +19,8 @@ from amalgam.kernels.backends.reference.interpreter import ReferenceBackend
 from amalgam.kernels.backends.split.experts import SplitExperts, Splitter
 from amalgam.kernels.backends.split.worker import Worker
 from amalgam.kernels.devices import torch_device
-from amalgam.kernels.packed import SWIGLU, Activation, Expert, ExpertTable, PackedWeight
 from amalgam.kernels.program import Mix, Program, Rows
+from amalgam.kernels.weights import SWIGLU, Expert, ExpertTable, GatedActivation, PackedWeight
 from tests.engine.running import wait_until
 from tests.errors import raises
 from tests.kernels.test_moe import HIDDEN, mixed_experts, random, routing
@@ -56,7 +56,7 @@ def split(experts: Sequence[Expert], devices: tuple[str | None, ...], splitter: 
 
 
 def alone(
-    backend: Backend, experts: Sequence[Expert], x: Tensor, ids: Tensor, weights: Tensor, activation: Activation
+    backend: Backend, experts: Sequence[Expert], x: Tensor, ids: Tensor, weights: Tensor, activation: GatedActivation
 ) -> Tensor:
     """By the operator that a model on one device runs."""
     return backend.operators.moe(x, ids, weights, backend.prepare_experts(ExpertTable(experts)), activation)  # type: ignore[attr-defined, no-any-return]
@@ -70,7 +70,7 @@ def test_a_mixture_is_the_same_bits_wherever_its_experts_lie(
     backend = make(dtype)
     experts = prepared(mixed_experts(COUNT, has_bias=True), backend)
     splitter = Splitter(backend, lambda name: make(dtype))
-    for tokens, activation in ((1, SWIGLU), (7, Activation(1.702, 1.0, 7.0)), (30, SWIGLU)):
+    for tokens, activation in ((1, SWIGLU), (7, GatedActivation(1.702, 1.0, 7.0)), (30, SWIGLU)):
         x, (ids, weights) = random(tokens, HIDDEN).to(dtype), routing(tokens, COUNT, 3)
         expected = alone(backend, experts, x, ids, weights, activation).nan_to_num(7)  # float16 has little room
         for devices in PLACES:

@@ -12,7 +12,7 @@ from amalgam.checkpoint.gguf import BLOCK_TYPES
 from amalgam.formats.gguf import FORMATS as GGUF_FORMATS
 from amalgam.formats.gguf.blocks import GgufFormat
 from amalgam.kernels.layouts import AFFINE4, AFFINE8, CODEBOOKS, DENSE, E2M1, INT4, SCALED8, TABLE4, pack_nibbles
-from amalgam.kernels.packed import Layout, PackedWeight
+from amalgam.kernels.weights import Layout, PackedWeight
 
 # (out, in)
 SHAPES = ((16, 128), (1, 8), (33, 200), (48, 384), (7, 1000), (130, 264), (35, 512), (5, 256))

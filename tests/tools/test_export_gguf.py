@@ -22,7 +22,7 @@ from amalgam.formats.gguf.rounding import ROUNDED, round_to
 from amalgam.formats.grid import QuantizeOptions
 from amalgam.formats.registry import writable_format
 from amalgam.kernels.layouts import dense
-from amalgam.kernels.packed import PackedWeight
+from amalgam.kernels.weights import PackedWeight
 from amalgam.quantizers.contract import quantize
 from amalgam.quantizers.nearest import round_to_nearest
 from amalgam.text.gguf.metadata import build_tokenizer

@@ -12,7 +12,7 @@ from torch import Tensor
 from amalgam.errors import ConfigError
 from amalgam.kernels.backends.reference.operators import Operators
 from amalgam.kernels.layouts import dense
-from amalgam.kernels.packed import GEGLU, SWIGLU, Activation
+from amalgam.kernels.weights import GEGLU, SWIGLU, GatedActivation
 from amalgam.models.registry import all_families, read_spec
 from amalgam.models.spec import Family
 from amalgam.training.initial import Shape, drawn_matrices, initial_weights, layers_taken, smaller_config
@@ -128,7 +128,7 @@ def activated(name: str, x: Tensor) -> Tensor:
 def test_gradients_far_from_0_are_finite(value: float) -> None:
     """And values are the reference's."""
     up = torch.ones(1)
-    for activation in (SWIGLU, GEGLU, Activation(alpha=1.702, offset=1.0, limit=2000.0)):
+    for activation in (SWIGLU, GEGLU, GatedActivation(alpha=1.702, offset=1.0, limit=2000.0)):
         gate = torch.tensor([value], requires_grad=True)
         found = TrainingOperators.gated(gate, up, activation)
         torch.testing.assert_close(found, Operators.gated(gate, up, activation), rtol=1e-4, atol=1e-6)

@@ -17,7 +17,7 @@ from amalgam.evaluation.quality import scored
 from amalgam.evaluation.running import open_contestant
 from amalgam.evaluation.texts import Window
 from amalgam.kernels.layouts import dense
-from amalgam.kernels.packed import PackedWeight
+from amalgam.kernels.weights import PackedWeight
 from amalgam.models.registry import all_families
 from amalgam.training.lessons import batches, parts_of
 from amalgam.training.losses import DistillationLoss

@@ -12,7 +12,7 @@ from amalgam.errors import ConfigError
 from amalgam.formats.grid import QuantizeOptions
 from amalgam.formats.registry import writable_format
 from amalgam.kernels.layouts import dense
-from amalgam.kernels.packed import PackedWeight
+from amalgam.kernels.weights import PackedWeight
 from amalgam.models.spec import Slot
 from amalgam.quantizers.contract import quantize
 from amalgam.quantizers.nearest import round_to_nearest

@@ -15,8 +15,8 @@ from torch.nn import functional
 from amalgam.kernels.backends.base import Tables
 from amalgam.kernels.backends.reference.frame import Frame
 from amalgam.kernels.backends.reference.operators import Operators
-from amalgam.kernels.packed import PackedWeight
 from amalgam.kernels.step import LayerCache, LayerState, SequenceState, StepContext, StepSequence
+from amalgam.kernels.weights import PackedWeight
 from amalgam.models.kv_cache import KVCache
 from amalgam.models.spec import ModelSpec
 

@@ -24,9 +24,9 @@ from amalgam.kernels.backends.reference.execution import execute
 from amalgam.kernels.backends.reference.frame import Frame
 from amalgam.kernels.backends.reference.latent import normed_latent
 from amalgam.kernels.backends.reference.operators import gated
-from amalgam.kernels.packed import Expert, PackedWeight
 from amalgam.kernels.program import AttendLatent, Emitter, Instruction, Mix, Project, Route, Rows, rows_of
 from amalgam.kernels.step import AttentionBatch
+from amalgam.kernels.weights import Expert, PackedWeight
 from amalgam.models.decoder import embed, emit_layer, ropes_of, tables_of
 from amalgam.models.spec import ModelSpec
 from amalgam.models.weights import BlockWeights, WeightVersion

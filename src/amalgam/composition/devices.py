@@ -22,7 +22,7 @@ from amalgam.config.inference import InferenceSettings
 from amalgam.errors import ConfigError, OutOfMemoryError, PlanError
 from amalgam.kernels.backends import Backend, choose_backend
 from amalgam.kernels.devices import free_bytes, name_of, torch_device
-from amalgam.kernels.packed import PackedWeight
+from amalgam.kernels.weights import PackedWeight
 from amalgam.models.spec import Slot
 
 _EXPERT = re.compile(r"(layers\.\d+\.mlp\.experts\.\d+)\.")

@@ -36,7 +36,7 @@ from amalgam.formats.fused import FusedTensor
 from amalgam.formats.registry import writable_format
 from amalgam.kernels.backends import Backend
 from amalgam.kernels.layouts import INT4, is_known
-from amalgam.kernels.packed import PackedWeight
+from amalgam.kernels.weights import PackedWeight
 from amalgam.models.registry import fused_tensors, read_spec
 from amalgam.models.spec import Slot
 from amalgam.models.weights import WeightVersion

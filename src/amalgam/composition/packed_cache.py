@@ -27,7 +27,7 @@ from amalgam.checkpoint.shards import Identity, identify
 from amalgam.errors import AmalgamError
 from amalgam.kernels.backends import ActivationType
 from amalgam.kernels.backends.cpu import mapped, panels
-from amalgam.kernels.packed import PackedWeight
+from amalgam.kernels.weights import PackedWeight
 from amalgam.version import __version__
 
 _NAME_DIGITS = 16

@@ -21,7 +21,7 @@ from amalgam.errors import CheckpointError, OutOfMemoryError
 from amalgam.formats.contract import StoredWeight, WeightFormat, WritableFormat
 from amalgam.kernels.backends import ActivationType, Backend
 from amalgam.kernels.layouts import dense
-from amalgam.kernels.packed import PackedWeight
+from amalgam.kernels.weights import PackedWeight
 from amalgam.models.spec import ModelSpec, Slot
 from amalgam.models.weights import Origin, Part
 from amalgam.quantizers.contract import quantize

@@ -49,7 +49,7 @@ from amalgam.formats.contract import WritableFormat
 from amalgam.formats.grid import QuantizeOptions
 from amalgam.formats.registry import writable_format
 from amalgam.kernels.layouts import dense
-from amalgam.kernels.packed import PackedWeight
+from amalgam.kernels.weights import PackedWeight
 from amalgam.models.spec import ModelSpec, Slot
 from amalgam.text.tokenizer import Tokenizer
 from amalgam.version import __version__

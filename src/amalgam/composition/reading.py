@@ -23,7 +23,7 @@ from amalgam.composition.progress import LOADING, Progress, Turn, waiting_for
 from amalgam.config.inference import InferenceSettings
 from amalgam.kernels.backends import Backend, why_not_compiled
 from amalgam.kernels.devices import uploading
-from amalgam.kernels.packed import PackedWeight
+from amalgam.kernels.weights import PackedWeight
 
 logger = logging.getLogger("amalgam.models")
 Keep = Callable[[PlannedWeight, PackedWeight], PackedWeight | None]

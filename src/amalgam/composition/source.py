@@ -28,7 +28,7 @@ from amalgam.config.placement import BASE_SOURCE
 from amalgam.errors import CheckpointError
 from amalgam.formats.contract import StoredWeight, cut, owned
 from amalgam.formats.fused import TensorPart, whole_of
-from amalgam.kernels.packed import PackedWeight
+from amalgam.kernels.weights import PackedWeight
 
 Finish = Callable[[PackedWeight], PackedWeight]
 

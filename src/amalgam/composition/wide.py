@@ -18,7 +18,7 @@ from amalgam.composition.planned import oriented
 from amalgam.composition.source import Source
 from amalgam.errors import CheckpointError
 from amalgam.kernels.layouts import dense
-from amalgam.kernels.packed import PackedWeight
+from amalgam.kernels.weights import PackedWeight
 from amalgam.models.registry import fused_tensors, read_spec
 from amalgam.models.spec import Family, ModelSpec, Slot
 

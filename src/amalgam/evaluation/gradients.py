@@ -29,9 +29,9 @@ from amalgam.kernels.backends.reference.execution import execute
 from amalgam.kernels.backends.reference.frame import Frame
 from amalgam.kernels.backends.reference.latent import attention_of, latent_query, normed_latent, shared_key
 from amalgam.kernels.backends.reference.operators import changed_logits, gated
-from amalgam.kernels.packed import PackedWeight
 from amalgam.kernels.program import AttendLatent, Emitter, Instruction, Mix, Project
 from amalgam.kernels.step import AttentionBatch, LayerCache
+from amalgam.kernels.weights import PackedWeight
 from amalgam.models.decoder import emit_layer, ropes_of, tables_of
 from amalgam.models.spec import ModelSpec
 from amalgam.models.weights import WeightVersion

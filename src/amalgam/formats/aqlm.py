@@ -33,7 +33,7 @@ from amalgam.formats.declared.values import Codebooks
 from amalgam.formats.fused import TensorPart
 from amalgam.formats.grid import QuantizeOptions
 from amalgam.kernels.layouts import CODEBOOKS
-from amalgam.kernels.packed import PackedWeight
+from amalgam.kernels.weights import PackedWeight
 
 _CODES, _BOOKS, _SCALES = "codes", "codebooks", "scales"
 _MOST_BITS = 16

@@ -33,7 +33,7 @@ from amalgam.formats.contract import (
 from amalgam.formats.fused import TensorPart
 from amalgam.formats.grid import QuantizeOptions
 from amalgam.kernels.layouts import INT4
-from amalgam.kernels.packed import PackedWeight
+from amalgam.kernels.weights import PackedWeight
 
 _NIBBLE_OF_OUTPUT = (0, 4, 1, 5, 2, 6, 3, 7)
 _MIDDLE = 8

@@ -41,7 +41,7 @@ from amalgam.formats.contract import (
 from amalgam.formats.fused import TensorPart
 from amalgam.formats.grid import QuantizeOptions
 from amalgam.kernels.layouts import SCALED8, TABLE4
-from amalgam.kernels.packed import PackedWeight
+from amalgam.kernels.weights import PackedWeight
 
 _ABSMAX, _MAP = "weight.absmax", "weight.quant_map"
 _NESTED = ("weight.nested_absmax", "weight.nested_quant_map")

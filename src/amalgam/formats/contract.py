@@ -23,7 +23,7 @@ from amalgam.errors import CheckpointError, ConfigError
 from amalgam.formats.declared.values import UNDECLARED, Declared
 from amalgam.formats.fused import TensorPart, lines_of
 from amalgam.formats.grid import Codes, Encoded, Grid, QuantizeOptions
-from amalgam.kernels.packed import Layout, PackedWeight
+from amalgam.kernels.weights import Layout, PackedWeight
 
 WEIGHT_SUFFIX = "weight"
 DEFAULT_GROUP_SIZE = 128

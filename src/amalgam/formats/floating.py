@@ -17,7 +17,7 @@ from amalgam.formats.contract import (
 from amalgam.formats.fused import TensorPart
 from amalgam.formats.grid import QuantizeOptions
 from amalgam.kernels.layouts import DENSE, dense
-from amalgam.kernels.packed import PackedWeight
+from amalgam.kernels.weights import PackedWeight
 
 
 class Floating(WeightFormat):

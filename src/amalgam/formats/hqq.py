@@ -31,7 +31,7 @@ from amalgam.formats.contract import (
 from amalgam.formats.fused import TensorPart
 from amalgam.formats.grid import QuantizeOptions
 from amalgam.kernels.layouts import AFFINE4, AFFINE8, CYCLIC4, CYCLIC8, INT4, SCALED8, pack_nibbles
-from amalgam.kernels.packed import PackedWeight
+from amalgam.kernels.weights import PackedWeight
 
 # Name → (type of a word, bits of a value, values in a word). The first block of rows has the highest bits.
 _PACKINGS = {

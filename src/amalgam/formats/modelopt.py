@@ -32,7 +32,7 @@ from amalgam.formats.contract import (
 from amalgam.formats.fused import TensorPart
 from amalgam.formats.grid import QuantizeOptions
 from amalgam.kernels.layouts import INT4, scale_columns
-from amalgam.kernels.packed import PackedWeight
+from amalgam.kernels.weights import PackedWeight
 
 
 class ModelOptInt4(WeightFormat):

@@ -30,7 +30,7 @@ from amalgam.formats.contract import (
 from amalgam.formats.fused import TensorPart
 from amalgam.formats.grid import Codes, Encoded, Grid, QuantizeOptions
 from amalgam.kernels.layouts import E2M1, TABLE4, pack_nibbles
-from amalgam.kernels.packed import PackedWeight
+from amalgam.kernels.weights import PackedWeight
 
 # 2^(b - 127) × 6, the largest value of a group, is still finite in float32.
 _LARGEST = 252

@@ -28,7 +28,7 @@ from amalgam.formats.declared.values import Declared
 from amalgam.formats.fused import TensorPart
 from amalgam.formats.grid import QuantizeOptions
 from amalgam.kernels.layouts import SCALED8
-from amalgam.kernels.packed import PackedWeight
+from amalgam.kernels.weights import PackedWeight
 
 # 2^(b - 127) × 448 is still finite in float32.
 _LARGEST = 246

@@ -33,7 +33,7 @@ from amalgam.formats.contract import (
 from amalgam.formats.fused import TensorPart
 from amalgam.formats.grid import QuantizeOptions
 from amalgam.kernels.layouts import E2M1, TABLE4, scale_columns
-from amalgam.kernels.packed import PackedWeight
+from amalgam.kernels.weights import PackedWeight
 
 _FLOAT8 = torch.float8_e4m3fn
 

@@ -42,7 +42,7 @@ from amalgam.formats.declared.values import Declared
 from amalgam.formats.fused import TensorPart
 from amalgam.formats.grid import Codes, Encoded, Grid, QuantizeOptions, num_blocks
 from amalgam.kernels.layouts import AFFINE8, SCALED8, scale_columns
-from amalgam.kernels.packed import PackedWeight
+from amalgam.kernels.weights import PackedWeight
 
 SCALE_NAMES = ("weight_scale", "weight_scale_inv")
 FP8_BLOCK = (128, 128)

@@ -48,7 +48,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from amalgam.kernels.packed import Layout, PackedWeight, Unpack
+from amalgam.kernels.weights import Layout, PackedWeight, Unpack
 
 # OCP E2M1: sign, two bits of exponent, one of mantissa.
 E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, -0.0, -0.5, -1.0, -1.5, -2.0, -3.0, -4.0, -6.0)

@@ -19,9 +19,9 @@ from amalgam.kernels.backends import Backend, Compiled, Tables, choose_backend
 from amalgam.kernels.backends.split.experts import Splitter
 from amalgam.kernels.backends.split.traffic import Traffic
 from amalgam.kernels.devices import torch_device
-from amalgam.kernels.packed import PackedWeight
 from amalgam.kernels.program import Add, Embed, Emitter, Head, Instruction, Program, Rows, Scale
 from amalgam.kernels.step import Cache, StepContext
+from amalgam.kernels.weights import PackedWeight
 from amalgam.models.rope import Rope
 from amalgam.models.spec import ModelSpec
 from amalgam.models.weights import WeightVersion

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from amalgam.base.mapping import has_lost_at
 from amalgam.errors import LostWeightsError
-from amalgam.kernels.packed import Expert, ExpertTable, PackedWeight
+from amalgam.kernels.weights import Expert, ExpertTable, PackedWeight
 
 _EXPERT = re.compile(r"layers\.\d+\.mlp\.experts\.\d+\.down")
 

@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from amalgam.kernels.packed import PackedWeight
+from amalgam.kernels.weights import PackedWeight
 from amalgam.models.decoder import Decoder
 from amalgam.models.spec import LayerSpec, ModelSpec, Slot
 from amalgam.models.weights import WeightVersion

@@ -31,7 +31,7 @@ from amalgam.evaluation.gradients import OUTSIDE, Gradients, Seen
 from amalgam.evaluation.texts import Sample
 from amalgam.kernels.backends.reference.interpreter import ReferenceBackend
 from amalgam.kernels.backends.reference.operators import changed_logits
-from amalgam.kernels.packed import PackedWeight
+from amalgam.kernels.weights import PackedWeight
 from amalgam.planning.problem import Item, Problem
 
 VERSION = 2  # of what a file holds; others are measured again

@@ -18,8 +18,8 @@ import torch
 from amalgam.composition.progress import Progress
 from amalgam.evaluation.running import BLOCK_SIZE, Contestant
 from amalgam.kernels.backends import choose_backend, operators_of
-from amalgam.kernels.packed import PackedWeight
 from amalgam.kernels.step import SequenceState, StepContext, StepSequence
+from amalgam.kernels.weights import PackedWeight
 from amalgam.models.decoder import Decoder
 from amalgam.models.kv_cache import KVCache
 from amalgam.models.weights import WeightVersion

@@ -24,7 +24,7 @@ from amalgam.calibration.inputs import Inputs
 from amalgam.calibration.stream import Stream
 from amalgam.errors import ConfigError
 from amalgam.kernels.layouts import dense
-from amalgam.kernels.packed import PackedWeight
+from amalgam.kernels.weights import PackedWeight
 from amalgam.models.spec import ModelSpec
 from amalgam.pruning.amounts import Sparsity
 

@@ -17,7 +17,7 @@ from torch import Tensor
 from amalgam.composition.planned import PlannedWeight
 from amalgam.evaluation.running import Contestant
 from amalgam.kernels.layouts import dense
-from amalgam.kernels.packed import PackedWeight
+from amalgam.kernels.weights import PackedWeight
 from amalgam.models.decoder import Decoder
 from amalgam.models.weights import WeightVersion
 from amalgam.pruning.cut import Load

@@ -10,7 +10,7 @@ from typing import Any
 from amalgam.composition.loader import ModelLoader
 from amalgam.composition.planned import PlannedWeight
 from amalgam.config.placement import Rule
-from amalgam.kernels.packed import PackedWeight
+from amalgam.kernels.weights import PackedWeight
 from amalgam.models.spec import ModelSpec
 from amalgam.models.weights import WeightVersion
 

@@ -33,7 +33,7 @@ from amalgam.errors import ConfigError
 from amalgam.formats.registry import writable_format
 from amalgam.kernels.backends import choose_backend
 from amalgam.kernels.layouts import dense
-from amalgam.kernels.packed import PackedWeight
+from amalgam.kernels.weights import PackedWeight
 from amalgam.models.decoder import Decoder
 from amalgam.models.registry import read_spec
 from amalgam.models.routing import RoutingObserver

@@ -27,7 +27,7 @@ from amalgam.errors import CheckpointError, ConfigError, UnsupportedError
 from amalgam.evaluation.confidence import Bootstrap, Interval
 from amalgam.evaluation.quality import Figures, Quality, Reference, remarks, summarise
 from amalgam.evaluation.running import Contestant, open_contestant
-from amalgam.kernels.packed import PackedWeight
+from amalgam.kernels.weights import PackedWeight
 from amalgam.models.spec import Slot
 from amalgam.runtime.device import choose_device
 from amalgam.runtime.threads import set_threads

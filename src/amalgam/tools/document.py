@@ -16,7 +16,7 @@ from amalgam.formats.contract import WeightFormat, WritableFormat
 from amalgam.formats.gguf.config import ARCHITECTURES
 from amalgam.formats.registry import all_formats
 from amalgam.kernels.layouts import TRITON_LAYOUTS
-from amalgam.kernels.packed import Layout
+from amalgam.kernels.weights import Layout
 from amalgam.models.registry import all_families
 from amalgam.text.gguf.pretokenizers import PRE_TOKENIZERS
 

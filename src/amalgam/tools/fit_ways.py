@@ -25,7 +25,7 @@ from amalgam.errors import AmalgamError, ConfigError
 from amalgam.formats.grid import QuantizeOptions
 from amalgam.formats.registry import writable_format
 from amalgam.kernels.backends import choose_backend
-from amalgam.kernels.packed import PackedWeight
+from amalgam.kernels.weights import PackedWeight
 from amalgam.models.spec import Slot
 from amalgam.quantizers.nearest import round_to_nearest
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from amalgam.kernels.layouts import pack_nibbles, unpack_nibbles
-from amalgam.kernels.packed import PackedWeight
+from amalgam.kernels.weights import PackedWeight
 
 
 class Range(NamedTuple):

@@ -18,9 +18,9 @@ from torch.nn import functional
 from amalgam.calibration.frames import WholeProducts, linear
 from amalgam.kernels.backends.reference.frame import Frame
 from amalgam.kernels.backends.reference.operators import convolve
-from amalgam.kernels.packed import SWIGLU, Activation, ExpertTable, PackedWeight
 from amalgam.kernels.program import Rows
 from amalgam.kernels.step import AttentionBatch, CachedAttention, StepSequence
+from amalgam.kernels.weights import SWIGLU, ExpertTable, GatedActivation, PackedWeight
 
 
 class TrainingFrame(Frame):
@@ -49,7 +49,7 @@ def soft_cap(x: Tensor, cap: float) -> Tensor:
     return cap * torch.tanh(x / cap)
 
 
-def gated(gate: Tensor, up: Tensor, activation: Activation) -> Tensor:
+def gated(gate: Tensor, up: Tensor, activation: GatedActivation) -> Tensor:
     if activation.limit is not None:
         gate = gate if activation.limits_last else gate.clamp(max=activation.limit)
         up = up.clamp(-activation.limit, activation.limit)
@@ -101,7 +101,7 @@ class TrainingOperators(WholeProducts):
 
     @staticmethod
     def moe(
-        x: Tensor, expert_ids: Tensor, gate_weights: Tensor, experts: ExpertTable, activation: Activation = SWIGLU
+        x: Tensor, expert_ids: Tensor, gate_weights: Tensor, experts: ExpertTable, activation: GatedActivation = SWIGLU
     ) -> Tensor:
         total = torch.zeros_like(x)
         for expert_id, expert in enumerate(experts.experts):

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from amalgam.errors import ConfigError
-from amalgam.kernels.packed import PackedWeight
+from amalgam.kernels.weights import PackedWeight
 from amalgam.models.spec import Slot
 from amalgam.training.codes import range_of
 from amalgam.training.weights import Trained, TrainedCodes, TrainedScales, TrainedValues

@@ -18,9 +18,9 @@ from torch import Tensor
 from amalgam.calibration.frames import linear
 from amalgam.kernels.backends.reference.execution import execute
 from amalgam.kernels.layouts import dense
-from amalgam.kernels.packed import PackedWeight
 from amalgam.kernels.program import Program
 from amalgam.kernels.step import SequenceState, StepContext, StepSequence
+from amalgam.kernels.weights import PackedWeight
 from amalgam.models.decoder import emit, ropes_of, tables_of
 from amalgam.models.kv_cache import KVCache
 from amalgam.models.spec import ModelSpec

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from amalgam.kernels.layouts import dense
-from amalgam.kernels.packed import PackedWeight
+from amalgam.kernels.weights import PackedWeight
 from amalgam.training.codes import Range, codes_of, expanded, in_codes, nearest, with_codes
 
 _FLOATS_OF_CODES = 128  # steps that a trained fp8 code has between 0 and the largest

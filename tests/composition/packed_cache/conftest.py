@@ -12,7 +12,7 @@ import torch
 from amalgam.composition.quantize import quantize_checkpoint
 from amalgam.composition.source import Source
 from amalgam.formats.grid import QuantizeOptions
-from amalgam.kernels.packed import PackedWeight
+from amalgam.kernels.weights import PackedWeight
 from amalgam.models.families.qwen3_moe import FAMILY
 from tests.models.tiny import save_tiny
 

@@ -11,7 +11,7 @@ import torch
 
 from amalgam.kernels.backends.reference import operators as reference
 from amalgam.kernels.layouts import AFFINE4, dense
-from amalgam.kernels.packed import GEGLU, SWIGLU, Activation, Expert, ExpertTable, PackedWeight
+from amalgam.kernels.weights import GEGLU, SWIGLU, Expert, ExpertTable, GatedActivation, PackedWeight
 from tests.kernels.weights import affine, int4, scaled8
 from tests.kernels.weights import dense as floats
 
@@ -77,7 +77,12 @@ def routing(tokens: int, experts: int, k: int, seed: int = 2) -> tuple[torch.Ten
 
 
 def error(
-    out: torch.Tensor, x: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor, experts: ExpertTable, how: Activation
+    out: torch.Tensor,
+    x: torch.Tensor,
+    ids: torch.Tensor,
+    weights: torch.Tensor,
+    experts: ExpertTable,
+    how: GatedActivation,
 ) -> float:
     """The largest difference from float64, relative to the largest value."""
     wide = [
@@ -97,8 +102,8 @@ CASES = {
     "one token": (["bf16", "int4", "mxfp4"], 1, 2, False, SWIGLU),
     "each its own": (["bf16", "fp8", "int4", "hqq", "int8", "mxfp4"], 3, 3, False, SWIGLU),
     "projections": ([("int4", "bf16", "fp8"), ("int4", "int4", "int4"), "bf16"], 4, 2, False, SWIGLU),
-    "biases, limits": (["bf16", "mxfp4"], 3, 2, True, Activation(1.702, 1.0, 7.0)),
-    "limits last": (["bf16", "fp8"], 3, 1, False, Activation(limit=0.5, limits_last=True)),
+    "biases, limits": (["bf16", "mxfp4"], 3, 2, True, GatedActivation(1.702, 1.0, 7.0)),
+    "limits last": (["bf16", "fp8"], 3, 1, False, GatedActivation(limit=0.5, limits_last=True)),
     "gelu": (["int8", "int4"], 3, 2, False, GEGLU),
     "many rows": (["bf16", "int4"], 20, 2, False, SWIGLU),
 }

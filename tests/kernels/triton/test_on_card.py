@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from amalgam.kernels.packed import ExpertTable
+from amalgam.kernels.weights import ExpertTable
 from tests.kernels.triton.test_experts import error, experts_of, prepared, routing
 from tests.kernels.triton.test_products import IS_EXACT, WEIGHTS
 
@@ -15,7 +15,7 @@ pytest.importorskip("triton")
 
 from amalgam.kernels.backends.triton.launching import IS_INTERPRETED
 from amalgam.kernels.backends.triton.operators import TritonOperators
-from amalgam.kernels.packed import SWIGLU
+from amalgam.kernels.weights import SWIGLU
 from tests.kernels.triton.weights import HALF_STEP, SUMS, exact, random, ready
 
 pytestmark = [

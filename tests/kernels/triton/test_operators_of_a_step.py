@@ -9,9 +9,9 @@ import torch
 
 from amalgam.kernels.backends.reference.operators import Operators
 from amalgam.kernels.layouts import dense
-from amalgam.kernels.packed import GEGLU, SWIGLU, Activation
 from amalgam.kernels.program import Route, Rows
 from amalgam.kernels.step import AttentionBatch, CachedAttention, LayerCache
+from amalgam.kernels.weights import GEGLU, SWIGLU, GatedActivation
 
 pytest.importorskip("triton")
 
@@ -51,12 +51,12 @@ def test_norms(dtype: torch.dtype) -> None:
         (SWIGLU, torch.bfloat16),
         (SWIGLU, torch.float16),
         (GEGLU, torch.float32),
-        (Activation(1.702, 1.0, 0.7), torch.bfloat16),
-        (Activation(limit=0.5, limits_last=True), torch.float16),
-        (Activation(is_gelu=True, offset=1.0), torch.bfloat16),
+        (GatedActivation(1.702, 1.0, 0.7), torch.bfloat16),
+        (GatedActivation(limit=0.5, limits_last=True), torch.float16),
+        (GatedActivation(is_gelu=True, offset=1.0), torch.bfloat16),
     ],
 )
-def test_activations(activation: Activation, dtype: torch.dtype) -> None:
+def test_activations(activation: GatedActivation, dtype: torch.dtype) -> None:
     both = 3 * torch.randn(3, 80).to(dtype)
     gate, up = both[:, :40], both[:, 40:]
     assert_same(StepOperators.gated(gate, up, activation), Operators.gated(gate, up, activation))

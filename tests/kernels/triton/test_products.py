@@ -12,7 +12,7 @@ import torch
 
 from amalgam.kernels.backends.reference import operators as reference
 from amalgam.kernels.layouts import AFFINE4, SCALED8, scale_columns
-from amalgam.kernels.packed import PackedWeight
+from amalgam.kernels.weights import PackedWeight
 from tests.errors import raises
 from tests.kernels.weights import affine, dense, every_layout, int4, nf4, nvfp4, scaled8
 

@@ -15,9 +15,9 @@ from torch import Tensor
 from amalgam.kernels.backends import Compiled
 from amalgam.kernels.backends.reference.interpreter import ReferenceBackend
 from amalgam.kernels.backends.split.experts import Splitter
-from amalgam.kernels.packed import ExpertTable
 from amalgam.kernels.program import Embed, Head, Mix, Program, Route, Rows
 from amalgam.kernels.step import LayerCache, StepContext, StepSequence
+from amalgam.kernels.weights import ExpertTable
 from amalgam.models.kv_cache import KVCache
 from tests.kernels.weights import dense
 

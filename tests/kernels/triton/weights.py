@@ -7,7 +7,7 @@ from torch import Tensor
 
 from amalgam.kernels.backends.triton.kinds import TritonWeight
 from amalgam.kernels.layouts import E2M1, TABLE4
-from amalgam.kernels.packed import PackedWeight
+from amalgam.kernels.weights import PackedWeight
 
 # The parts of a rounding: of values to bfloat16 and float16, and what sums in float32 leave of some hundred products.
 HALF_STEP = {torch.bfloat16: 2**-9, torch.float16: 2**-12, torch.float32: 2**-24}

@@ -10,8 +10,8 @@ from torch import Tensor
 from amalgam.kernels.backends.cpu import extension
 from amalgam.kernels.backends.cpu.program import CpuProgram
 from amalgam.kernels.layouts import SCALED8
-from amalgam.kernels.packed import PackedWeight
 from amalgam.kernels.step import StepContext, StepSequence
+from amalgam.kernels.weights import PackedWeight
 from amalgam.models.decoder import Decoder
 from amalgam.models.kv_cache import KVCache
 from amalgam.models.registry import all_families

@@ -14,9 +14,9 @@ from amalgam.kernels.backends.cpu import extension, panels
 from amalgam.kernels.backends.cpu.operators import CpuOperators
 from amalgam.kernels.backends.cpu.panels import PanelWeight
 from amalgam.kernels.layouts import dense
-from amalgam.kernels.packed import PackedWeight
 from amalgam.kernels.program import Call, Emitter, Rows
 from amalgam.kernels.step import StepContext, StepSequence
+from amalgam.kernels.weights import PackedWeight
 from amalgam.models.blocks.mlp import DenseMlp
 from amalgam.models.kv_cache import KVCache
 from amalgam.models.spec import LayerSpec

@@ -20,7 +20,6 @@ from amalgam.kernels.backends.cpu.products import prepare_experts
 from amalgam.kernels.backends.cpu.workspace import Workspace
 from amalgam.kernels.backends.reference import latent
 from amalgam.kernels.layouts import dense
-from amalgam.kernels.packed import PackedWeight
 from amalgam.kernels.program import (
     Add,
     Attend,
@@ -39,6 +38,7 @@ from amalgam.kernels.program import (
     SwiGlu,
 )
 from amalgam.kernels.step import LayerCache, StepContext, StepSequence
+from amalgam.kernels.weights import PackedWeight
 from amalgam.models.decoder import Decoder, emit
 from amalgam.models.kv_cache import KVCache
 from amalgam.models.weights import WeightVersion

@@ -18,7 +18,7 @@ from torch import Tensor
 from amalgam.calibration.inputs import Inputs
 from amalgam.calibration.stream import Stream
 from amalgam.kernels.layouts import dense
-from amalgam.kernels.packed import SWIGLU, PackedWeight
+from amalgam.kernels.weights import SWIGLU, PackedWeight
 from amalgam.models.blocks.attention import Attention
 from amalgam.models.blocks.mixture import SparseMoe
 from amalgam.models.blocks.mlp import DenseMlp

@@ -23,7 +23,7 @@ from amalgam.errors import ConfigError
 from amalgam.formats.contract import Scheme, WritableFormat
 from amalgam.formats.grid import Codes, Encoded, Grid
 from amalgam.kernels.layouts import dense
-from amalgam.kernels.packed import PackedWeight
+from amalgam.kernels.weights import PackedWeight
 from amalgam.models.spec import ModelSpec
 from amalgam.quantizers.contract import Quantizer
 from amalgam.quantizers.gptq import Gptq

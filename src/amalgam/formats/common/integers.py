@@ -16,7 +16,7 @@ from torch import Tensor
 
 from amalgam.errors import CheckpointError
 from amalgam.kernels.layouts import AFFINE8, INT4, SCALED8, pack_nibbles, unpack_nibbles
-from amalgam.kernels.packed import PackedWeight
+from amalgam.kernels.weights import PackedWeight
 
 WIDTHS = (2, 3, 4, 8)
 # Kernels take groups in steps of so many inputs.

@@ -37,7 +37,7 @@ from amalgam.kernels.layouts import (
     SCALED8,
     pack_nibbles,
 )
-from amalgam.kernels.packed import Layout, PackedWeight
+from amalgam.kernels.weights import Layout, PackedWeight
 
 Decode = Callable[[Tensor], Tensor]
 # uint8 `[blocks, bytes of a block]` → `[blocks, …]` by the names that panels have for them: codes as weight, a byte

@@ -29,7 +29,7 @@ from amalgam.formats.gguf import blocks, k_quants
 from amalgam.formats.gguf.blocks import TYPES
 from amalgam.formats.gguf.rounding import ROUNDED, fifth_bits, half_bytes, join_nibbles, round_to
 from amalgam.kernels.layouts import unpack_nibbles
-from amalgam.kernels.packed import PackedWeight
+from amalgam.kernels.weights import PackedWeight
 
 _GROUP = 32
 _SUPER = 256

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from amalgam.formats.gguf.blocks import IQ4_VALUES, GgufFormat, Split, bits, look_up, nibbles, stored_half, table
 from amalgam.kernels.layouts import PANELS_K2, PANELS_K3, PANELS_K4, PANELS_K5, PANELS_K6, PANELS_K_TABLE4
-from amalgam.kernels.packed import Layout
+from amalgam.kernels.weights import Layout
 
 _SUPER = 256
 

@@ -22,7 +22,7 @@ from amalgam.formats.fused import TensorPart
 from amalgam.formats.gguf import blocks, k_quants
 from amalgam.formats.grid import QuantizeOptions
 from amalgam.kernels.layouts import DENSE, dense
-from amalgam.kernels.packed import PackedWeight
+from amalgam.kernels.weights import PackedWeight
 
 KEY_PART, VALUE_PART = "gguf_k_b", "gguf_v_b"
 _FORMATS = {weight_format.type.name: weight_format for weight_format in (*blocks.FORMATS, *k_quants.FORMATS)}

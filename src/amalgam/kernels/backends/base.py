@@ -12,9 +12,9 @@ from typing import Literal, Protocol
 import torch
 from torch import Tensor
 
-from amalgam.kernels.packed import Activation, ExpertTable, PackedWeight
 from amalgam.kernels.program import Instruction, Mix, Program
 from amalgam.kernels.step import Cache, StepContext
+from amalgam.kernels.weights import ExpertTable, GatedActivation, PackedWeight
 
 # cos and sin of all positions, contiguous float32 `[positions, r / 2]`, one pair for each rope of a program.
 Tables = Sequence[tuple[Tensor, Tensor]]
@@ -82,7 +82,7 @@ class Backend(Protocol):
         x: Tensor,
         expert_ids: Tensor,
         experts: ExpertTable,
-        activation: Activation,
+        activation: GatedActivation,
         out: Tensor,
         *,
         num_threads: int | None = None,
@@ -102,7 +102,7 @@ class Backend(Protocol):
 class OwnMixture(ExpertTable):
     """Experts that see to their own multiplication: no backend compiles it, and any runs it."""
 
-    def mix(self, x: Tensor, expert_ids: Tensor, gate_weights: Tensor, activation: Activation) -> Tensor:
+    def mix(self, x: Tensor, expert_ids: Tensor, gate_weights: Tensor, activation: GatedActivation) -> Tensor:
         """See `Mix`: `[tokens, hidden]` in x's type."""
         raise NotImplementedError
 

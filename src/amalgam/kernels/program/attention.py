@@ -6,8 +6,8 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from amalgam.kernels.packed import PackedWeight
 from amalgam.kernels.program.rows import Rows
+from amalgam.kernels.weights import PackedWeight
 
 
 @dataclass(frozen=True, eq=False)

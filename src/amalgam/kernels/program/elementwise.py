@@ -6,8 +6,8 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from amalgam.kernels.packed import SWIGLU, Activation
 from amalgam.kernels.program.rows import Rows
+from amalgam.kernels.weights import SWIGLU, GatedActivation
 
 
 @dataclass(frozen=True, eq=False)
@@ -80,12 +80,12 @@ class Gelu:
 
 @dataclass(frozen=True, eq=False)
 class SwiGlu:
-    """out = silu(gate) × up (Shazeer 2020), or as another `Activation` says."""
+    """out = silu(gate) × up (Shazeer 2020), or as another `GatedActivation` says."""
 
     gate: Rows
     up: Rows
     out: Rows
-    activation: Activation = SWIGLU
+    activation: GatedActivation = SWIGLU
 
 
 @dataclass(frozen=True, eq=False)

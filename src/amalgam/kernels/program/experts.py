@@ -7,8 +7,8 @@ from typing import Literal
 
 from torch import Tensor
 
-from amalgam.kernels.packed import SWIGLU, Activation, ExpertTable, PackedWeight
 from amalgam.kernels.program.rows import Rows
+from amalgam.kernels.weights import SWIGLU, ExpertTable, GatedActivation, PackedWeight
 
 Scoring = Literal["softmax", "sigmoid", "chosen", "apart", "mixer"]
 
@@ -60,7 +60,7 @@ class Mix:
     x: Rows
     experts: ExpertTable
     out: Rows
-    activation: Activation = SWIGLU
+    activation: GatedActivation = SWIGLU
     weighs: bool = True
 
 

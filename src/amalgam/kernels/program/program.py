@@ -8,7 +8,6 @@ from functools import cached_property
 
 from torch import Tensor
 
-from amalgam.kernels.packed import PackedWeight
 from amalgam.kernels.program.attention import Attend, AttendLatent, Choose, KeepIndexKey
 from amalgam.kernels.program.elementwise import (
     Add,
@@ -25,6 +24,7 @@ from amalgam.kernels.program.experts import Mix, Route, WeighInput
 from amalgam.kernels.program.linear import Embed, Head, Normalize, Project, Projection
 from amalgam.kernels.program.recurrent import Convolve, DeltaRule, ScanStates
 from amalgam.kernels.program.rows import Rows
+from amalgam.kernels.weights import PackedWeight
 
 
 @dataclass(frozen=True, eq=False)

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from amalgam.kernels.packed import PackedWeight
 from amalgam.kernels.program import Attend, Emitter, Normalize, Rows, ScaleByPosition, ScaleBySigmoid, Split
+from amalgam.kernels.weights import PackedWeight
 from amalgam.models.blocks.norms import norm_weight
 from amalgam.models.rope import Rope
 from amalgam.models.spec import Slot

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from amalgam.kernels.packed import GEGLU
 from amalgam.kernels.program import Add, Embed, Emitter, Normalize, Project, Projection, Rows, Scale, SwiGlu
+from amalgam.kernels.weights import GEGLU
 from amalgam.models.spec import Slot
 from amalgam.models.weights import BlockWeights
 

@@ -6,8 +6,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Protocol
 
-from amalgam.kernels.packed import SWIGLU, Activation
 from amalgam.kernels.program import Add, Emitter, Mix, Project, Projection, Route, Rows, ScaleBySigmoid, WeighInput
+from amalgam.kernels.weights import SWIGLU, GatedActivation
 from amalgam.models.blocks.mlp import emit_gated, gated_slots
 from amalgam.models.spec import Slot
 from amalgam.models.weights import BlockWeights
@@ -108,12 +108,12 @@ class SparseMoe:
 
     router: Router
     intermediate_size: int
-    activation: Activation = SWIGLU
+    activation: GatedActivation = SWIGLU
     has_bias: bool = False
     shared_size: int = 0
     has_shared_gate: bool = False
     weighs_input: bool = False
-    shared_activation: Activation = SWIGLU
+    shared_activation: GatedActivation = SWIGLU
 
     @property
     def num_experts(self) -> int:

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from amalgam.kernels.packed import SWIGLU, Activation, PackedWeight
 from amalgam.kernels.program import Emitter, Gelu, Rows, SwiGlu
+from amalgam.kernels.weights import SWIGLU, GatedActivation, PackedWeight
 from amalgam.models.spec import Slot
 from amalgam.models.weights import BlockWeights
 
@@ -22,7 +22,7 @@ class DenseMlp:
 
     intermediate_size: int
     has_bias: bool = False
-    activation: Activation = SWIGLU
+    activation: GatedActivation = SWIGLU
     is_fused: bool = False
     num_experts: int = 0
     num_active_experts: int = 0
@@ -57,7 +57,7 @@ class GeluMlp:
 
 
 def emit_gated(
-    step: Emitter, x: Rows, weights: BlockWeights, prefix: str, buffer: str, activation: Activation = SWIGLU
+    step: Emitter, x: Rows, weights: BlockWeights, prefix: str, buffer: str, activation: GatedActivation = SWIGLU
 ) -> Rows:
     """A gated MLP whose slots start with `prefix`; its result is in `buffer`."""
 

@@ -11,7 +11,7 @@ import sys
 from dataclasses import replace
 
 from amalgam.formats.fused import FusedTensor
-from amalgam.kernels.packed import SWIGLU, Activation
+from amalgam.kernels.weights import SWIGLU, GatedActivation
 from amalgam.models.blocks.delta_net import KimiDeltaNet
 from amalgam.models.blocks.mixture import SparseMoe
 from amalgam.models.naming import CORRECTED_EXPERTS, FUSED_EXPERTS, MLP, renamed_tensor
@@ -103,12 +103,12 @@ def _with_limits(config: ConfigReader, layers: tuple[LayerSpec, ...]) -> tuple[L
     )
 
 
-def _read_limits(config: ConfigReader, key: str, num_layers: int) -> list[Activation]:
+def _read_limits(config: ConfigReader, key: str, num_layers: int) -> list[GatedActivation]:
     """Of each layer; 0 and null: there is none."""
     limits = config.get(key, default=[None] * num_layers)
     if not isinstance(limits, list) or len(limits) != num_layers or not all(map(_is_limit, limits)):
         config.refuse(key, limits, f"{num_layers} numbers of at least 0, one for each layer")
-    return [Activation(limit=float(limit), limits_last=True) if limit else SWIGLU for limit in limits]
+    return [GatedActivation(limit=float(limit), limits_last=True) if limit else SWIGLU for limit in limits]
 
 
 def _is_limit(limit: object) -> bool:

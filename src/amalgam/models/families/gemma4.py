@@ -14,8 +14,8 @@ from typing import Any
 
 from torch import Tensor
 
-from amalgam.kernels.packed import GEGLU
 from amalgam.kernels.program import Add, Emitter, Mix, Normalize, Route, Rows
+from amalgam.kernels.weights import GEGLU
 from amalgam.models.blocks.attention import Attention, ones_beside
 from amalgam.models.blocks.layer_inputs import EmbeddedInputs
 from amalgam.models.blocks.mlp import DenseMlp, emit_gated, gated_slots

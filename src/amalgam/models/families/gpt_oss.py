@@ -8,8 +8,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
-from amalgam.kernels.packed import Activation
 from amalgam.kernels.program import Route, Rows
+from amalgam.kernels.weights import GatedActivation
 from amalgam.models.blocks.attention import Attention
 from amalgam.models.blocks.mixture import SparseMoe
 from amalgam.models.blocks.norms import RmsNorm
@@ -61,7 +61,7 @@ def _read_spec(config: ConfigReader) -> ModelSpec:
     moe = SparseMoe(
         router=TopSoftmaxRouter(*read_expert_counts(config)),
         intermediate_size=config.int("intermediate_size"),
-        activation=Activation(
+        activation=GatedActivation(
             alpha=config.float("swiglu_alpha", default=1.702),
             offset=1.0,
             limit=config.float("swiglu_limit", default=7.0),

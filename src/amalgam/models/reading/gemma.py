@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from amalgam.kernels.packed import GEGLU
+from amalgam.kernels.weights import GEGLU
 from amalgam.models.blocks.attention import Attention
 from amalgam.models.blocks.mlp import DenseMlp
 from amalgam.models.blocks.norms import RmsNorm

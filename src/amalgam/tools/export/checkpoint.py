@@ -24,7 +24,7 @@ from amalgam.config.placement import Rule, build_rules
 from amalgam.errors import UnsupportedError
 from amalgam.formats.contract import ACTIVATION_SUFFIXES, StoredWeight, owned
 from amalgam.formats.fused import TensorSlice, whole_of
-from amalgam.kernels.packed import PackedWeight
+from amalgam.kernels.weights import PackedWeight
 from amalgam.tools.export.choosing import Decision, changes_of
 from amalgam.tools.export.contract import Job, PlannedModel, Written
 from amalgam.tools.export.encoding import converted

@@ -19,7 +19,7 @@ from amalgam.errors import UnsupportedError
 from amalgam.formats.common.integers import pack_words
 from amalgam.formats.grid import QuantizeOptions
 from amalgam.kernels.layouts import dense, unpack_nibbles
-from amalgam.kernels.packed import PackedWeight
+from amalgam.kernels.weights import PackedWeight
 from amalgam.quantizers.contract import quantize
 from amalgam.quantizers.nearest import round_to_nearest
 from amalgam.tools.export.forms import Form, writable

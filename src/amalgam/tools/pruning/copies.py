@@ -17,7 +17,7 @@ from amalgam.composition.progress import Progress, waiting_for
 from amalgam.composition.quantize import quantize_checkpoint
 from amalgam.composition.wide import WideModel
 from amalgam.formats.registry import writable_format
-from amalgam.kernels.packed import PackedWeight
+from amalgam.kernels.weights import PackedWeight
 from amalgam.quantizers.contract import quantize
 from amalgam.quantizers.nearest import round_to_nearest
 from amalgam.version import __version__

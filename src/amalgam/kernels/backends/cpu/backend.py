@@ -15,8 +15,8 @@ from amalgam.kernels.backends.cpu.products import prepare_experts
 from amalgam.kernels.backends.cpu.program import CpuProgram
 from amalgam.kernels.backends.cpu.workspace import Workspace
 from amalgam.kernels.backends.reference.interpreter import ByOperators, Interpreted
-from amalgam.kernels.packed import ExpertTable, PackedWeight
 from amalgam.kernels.program import Mix, Program
+from amalgam.kernels.weights import ExpertTable, PackedWeight
 
 
 class CpuBackend(ByOperators):

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from amalgam.kernels.backends.cpu import extension
-from amalgam.kernels.packed import Activation
+from amalgam.kernels.weights import GatedActivation
 
 
 def supports_rms_norm(x: Tensor, weight: Tensor) -> bool:
@@ -97,8 +97,8 @@ def supports_gated(gate: Tensor, up: Tensor) -> bool:
     )
 
 
-def gated(gate: Tensor, up: Tensor, activation: Activation) -> Tensor:
-    """Gate and up projection joined as `Activation` says; see `reference.gated`.
+def gated(gate: Tensor, up: Tensor, activation: GatedActivation) -> Tensor:
+    """Gate and up projection joined as `GatedActivation` says; see `reference.gated`.
 
     Raises:
         ValueError: types or shapes that do not fit together.
@@ -109,7 +109,7 @@ def gated(gate: Tensor, up: Tensor, activation: Activation) -> Tensor:
     return out
 
 
-def numbers_of(activation: Activation) -> tuple[float, float, float, bool, bool]:
+def numbers_of(activation: GatedActivation) -> tuple[float, float, float, bool, bool]:
     """An activation as the extension takes it."""
     limit = math.inf if activation.limit is None else activation.limit
     return activation.alpha, activation.offset, limit, activation.is_gelu, activation.limits_last

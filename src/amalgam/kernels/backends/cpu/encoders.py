@@ -18,7 +18,6 @@ from amalgam.kernels.backends.cpu.panels import PanelWeight
 from amalgam.kernels.backends.cpu.products import PanelExperts, matrix_of
 from amalgam.kernels.backends.reference.latent import latent_matrices
 from amalgam.kernels.layouts import DENSE
-from amalgam.kernels.packed import PackedWeight
 from amalgam.kernels.program import (
     Add,
     Attend,
@@ -46,6 +45,7 @@ from amalgam.kernels.program import (
     SwiGlu,
     WeighInput,
 )
+from amalgam.kernels.weights import PackedWeight
 
 if TYPE_CHECKING:
     from amalgam import _native

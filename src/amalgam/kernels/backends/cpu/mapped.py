@@ -20,7 +20,7 @@ from amalgam.kernels.backends.base import ActivationType
 from amalgam.kernels.backends.cpu import panels
 from amalgam.kernels.backends.cpu.panels import Panels
 from amalgam.kernels.layouts import DENSE, LAYOUTS, is_known
-from amalgam.kernels.packed import PackedWeight
+from amalgam.kernels.weights import PackedWeight
 
 _DTYPES = {
     "float32": torch.float32,

@@ -15,7 +15,6 @@ from torch import Tensor
 from amalgam.kernels.backends.cpu import attention, elementwise, extension, products
 from amalgam.kernels.backends.cpu.panels import PanelWeight
 from amalgam.kernels.backends.reference.operators import Operators
-from amalgam.kernels.packed import SWIGLU, Activation, ExpertTable, PackedWeight
 from amalgam.kernels.program import (
     Attend,
     AttendLatent,
@@ -31,6 +30,7 @@ from amalgam.kernels.program import (
     SwiGlu,
 )
 from amalgam.kernels.step import AttentionBatch, AttentionOptions, CachedAttention, LayerCache
+from amalgam.kernels.weights import SWIGLU, ExpertTable, GatedActivation, PackedWeight
 
 
 class CpuOperators(Operators):
@@ -68,7 +68,7 @@ class CpuOperators(Operators):
 
     @staticmethod
     def moe(
-        x: Tensor, expert_ids: Tensor, gate_weights: Tensor, experts: ExpertTable, activation: Activation = SWIGLU
+        x: Tensor, expert_ids: Tensor, gate_weights: Tensor, experts: ExpertTable, activation: GatedActivation = SWIGLU
     ) -> Tensor:
         if products.supports_moe(x, experts):
             return products.moe(x, expert_ids, gate_weights, experts, activation)
@@ -79,7 +79,7 @@ class CpuOperators(Operators):
         x: Tensor,
         expert_ids: Tensor,
         experts: ExpertTable,
-        activation: Activation,
+        activation: GatedActivation,
         out: Tensor,
         *,
         num_threads: int | None = None,
@@ -111,7 +111,7 @@ class CpuOperators(Operators):
         return Operators.rotate(x, cos, sin)
 
     @staticmethod
-    def gated(gate: Tensor, up: Tensor, activation: Activation) -> Tensor:
+    def gated(gate: Tensor, up: Tensor, activation: GatedActivation) -> Tensor:
         if elementwise.supports_gated(gate, up):
             return elementwise.gated(gate, up, activation)
         return Operators.gated(gate, up, activation)

@@ -38,7 +38,7 @@ from amalgam.kernels.layouts import (
     PANELS_TABLE4,
     unpack_nibbles,
 )
-from amalgam.kernels.packed import Layout, PackedWeight
+from amalgam.kernels.weights import Layout, PackedWeight
 
 if TYPE_CHECKING:
     from amalgam import _native

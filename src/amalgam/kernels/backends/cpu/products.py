@@ -27,7 +27,7 @@ from torch import Tensor
 from amalgam.kernels.backends.cpu import extension
 from amalgam.kernels.backends.cpu.elementwise import numbers_of
 from amalgam.kernels.backends.cpu.panels import PanelWeight
-from amalgam.kernels.packed import SWIGLU, Activation, Expert, ExpertTable, PackedWeight
+from amalgam.kernels.weights import SWIGLU, Expert, ExpertTable, GatedActivation, PackedWeight
 
 if TYPE_CHECKING:
     from amalgam import _native
@@ -163,7 +163,7 @@ def supports_moe(x: Tensor, experts: ExpertTable) -> bool:
 
 
 def moe(
-    x: Tensor, expert_ids: Tensor, gate_weights: Tensor, experts: ExpertTable, activation: Activation = SWIGLU
+    x: Tensor, expert_ids: Tensor, gate_weights: Tensor, experts: ExpertTable, activation: GatedActivation = SWIGLU
 ) -> Tensor:
     """The mixture of experts in one call; see `operators.moe`. Between the operators everything stays float32.
 
@@ -192,7 +192,7 @@ def expert_outputs(
     x: Tensor,
     expert_ids: Tensor,
     experts: ExpertTable,
-    activation: Activation,
+    activation: GatedActivation,
     out: Tensor,
     *,
     num_threads: int | None = None,

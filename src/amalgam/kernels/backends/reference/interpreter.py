@@ -17,9 +17,9 @@ from amalgam.kernels.backends.base import ActivationType, Compiled, Tables, desc
 from amalgam.kernels.backends.reference.execution import execute, logits_of
 from amalgam.kernels.backends.reference.frame import Frame, Watch
 from amalgam.kernels.backends.reference.operators import Operators
-from amalgam.kernels.packed import Activation, ExpertTable, PackedWeight
 from amalgam.kernels.program import Instruction, Program
 from amalgam.kernels.step import Cache, StepContext
+from amalgam.kernels.weights import ExpertTable, GatedActivation, PackedWeight
 
 
 class ByOperators:
@@ -35,7 +35,7 @@ class ByOperators:
         x: Tensor,
         expert_ids: Tensor,
         experts: ExpertTable,
-        activation: Activation,
+        activation: GatedActivation,
         out: Tensor,
         *,
         num_threads: int | None = None,

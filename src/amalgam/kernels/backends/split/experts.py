@@ -21,8 +21,8 @@ from torch import Tensor
 from amalgam.kernels.backends.base import Backend, OwnMixture
 from amalgam.kernels.backends.split.parts import CardRemote, Finish, HostRemote, ProcessorRemote, Remote, Share
 from amalgam.kernels.backends.split.traffic import Traffic
-from amalgam.kernels.packed import Activation, ExpertTable
 from amalgam.kernels.program import Instruction, Mix, Program
+from amalgam.kernels.weights import ExpertTable, GatedActivation
 
 
 @dataclass(frozen=True, eq=False)
@@ -41,7 +41,7 @@ class SplitExperts(OwnMixture):
     far: Sequence[tuple[Share, Remote]] = field(kw_only=True)
     num_helpers: int = field(kw_only=True)
 
-    def mix(self, x: Tensor, expert_ids: Tensor, gate_weights: Tensor, activation: Activation) -> Tensor:
+    def mix(self, x: Tensor, expert_ids: Tensor, gate_weights: Tensor, activation: GatedActivation) -> Tensor:
         x, expert_ids = x.contiguous(), expert_ids.contiguous()
         outputs = torch.empty((*expert_ids.shape, x.shape[1]), dtype=torch.float32, device=x.device)
         begun: list[Finish] = []

@@ -26,7 +26,7 @@ from torch import Tensor
 from amalgam.kernels.backends.base import Backend
 from amalgam.kernels.backends.split.traffic import Traffic
 from amalgam.kernels.backends.split.worker import Worker
-from amalgam.kernels.packed import Activation, ExpertTable
+from amalgam.kernels.weights import ExpertTable, GatedActivation
 
 Finish = Callable[[], None]
 
@@ -54,7 +54,9 @@ class Share:
 class Remote(Protocol):
     """How another device's share is computed."""
 
-    def start(self, share: Share, x: Tensor, expert_ids: Tensor, activation: Activation, outputs: Tensor) -> Finish:
+    def start(
+        self, share: Share, x: Tensor, expert_ids: Tensor, activation: GatedActivation, outputs: Tensor
+    ) -> Finish:
         """Begin, and return what waits for the end: then the share's rows of `outputs` are written.
 
         Args:
@@ -72,7 +74,9 @@ class HostRemote:
         self._traffic = traffic
         self._worker = Worker(f"amalgam-{name}")
 
-    def start(self, share: Share, x: Tensor, expert_ids: Tensor, activation: Activation, outputs: Tensor) -> Finish:
+    def start(
+        self, share: Share, x: Tensor, expert_ids: Tensor, activation: GatedActivation, outputs: Tensor
+    ) -> Finish:
         def compute() -> None:
             rows, places = share.wanted(expert_ids)
             if len(rows):
@@ -93,7 +97,9 @@ class CardRemote:
         self._traffic = traffic
         self._stream = torch.cuda.Stream(backend.device)
 
-    def start(self, share: Share, x: Tensor, expert_ids: Tensor, activation: Activation, outputs: Tensor) -> Finish:
+    def start(
+        self, share: Share, x: Tensor, expert_ids: Tensor, activation: GatedActivation, outputs: Tensor
+    ) -> Finish:
         rows, places = share.wanted(expert_ids)
         if not len(rows):
             return _nothing
@@ -122,7 +128,9 @@ class ProcessorRemote:
         self._backend = backend
         self._traffic = traffic
 
-    def start(self, share: Share, x: Tensor, expert_ids: Tensor, activation: Activation, outputs: Tensor) -> Finish:
+    def start(
+        self, share: Share, x: Tensor, expert_ids: Tensor, activation: GatedActivation, outputs: Tensor
+    ) -> Finish:
         sent, ids = (_to_host(part) for part in (x, share.places[expert_ids]))
         arrived = torch.cuda.current_stream(x.device).record_event()
 
@@ -143,7 +151,12 @@ def _nothing() -> None:
 
 
 def _computed(
-    backend: Backend, share: Share, x: Tensor, places: Tensor, activation: Activation, num_threads: int | None = None
+    backend: Backend,
+    share: Share,
+    x: Tensor,
+    places: Tensor,
+    activation: GatedActivation,
+    num_threads: int | None = None,
 ) -> Tensor:
     """float32 `[rows, k, hidden]`, of the experts that are in the share."""
     results = torch.empty((*places.shape, x.shape[1]), dtype=torch.float32, device=x.device)

@@ -21,8 +21,8 @@ from amalgam.kernels.backends.triton.operators import TritonOperators, who_runs,
 from amalgam.kernels.backends.triton.sharing import signature_of, tables_of, with_tables
 from amalgam.kernels.backends.triton.steps import with_expanded_latents
 from amalgam.kernels.backends.triton.warming import Warmed, WarmUp
-from amalgam.kernels.packed import ExpertTable, PackedWeight
 from amalgam.kernels.program import Embed, Head, Instruction, Mix, Program, Project
+from amalgam.kernels.weights import ExpertTable, PackedWeight
 
 _Key = tuple[Any, ...]
 

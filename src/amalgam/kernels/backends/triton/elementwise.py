@@ -16,7 +16,7 @@ from torch import Tensor
 from amalgam.kernels.backends.triton.launching import FLOAT_TYPES, on_device_of, power_of_two, rounded, runs_on
 from amalgam.kernels.backends.triton.numbers import OPTIONS
 from amalgam.kernels.backends.triton.variants import Variant
-from amalgam.kernels.packed import Activation
+from amalgam.kernels.weights import GatedActivation
 
 _WIDEST = 16384  # of a row that one program keeps in registers
 _STRETCH = 1024
@@ -112,7 +112,7 @@ def supports_gated(gate: Tensor, up: Tensor) -> bool:
     return runs_on(gate, up) and gate.dtype is up.dtype and gate.dtype in FLOAT_TYPES and gate.shape == up.shape
 
 
-def gated(gate: Tensor, up: Tensor, activation: Activation) -> Tensor:
+def gated(gate: Tensor, up: Tensor, activation: GatedActivation) -> Tensor:
     """See `reference.operators.gated`."""
     gates, ups = _rows(gate), _rows(up)
     out = torch.empty(gate.shape, dtype=gate.dtype, device=gate.device)
@@ -183,7 +183,7 @@ def gate_rows(
     IS_GELU: tl.constexpr,
     LIMITS_LAST: tl.constexpr,
 ):
-    """A stretch of one row; see `Activation`."""
+    """A stretch of one row; see `GatedActivation`."""
     row = tl.program_id(0).to(tl.int64)
     column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     is_there = column < width

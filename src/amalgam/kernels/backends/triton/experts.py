@@ -38,7 +38,7 @@ from amalgam.kernels.backends.triton.kinds import (
 from amalgam.kernels.backends.triton.launching import FLOAT_TYPES, on_device_of, power_of_two, runs_on
 from amalgam.kernels.backends.triton.numbers import OPTIONS
 from amalgam.kernels.backends.triton.variants import Variant
-from amalgam.kernels.packed import SWIGLU, Activation, Expert, ExpertTable, PackedWeight
+from amalgam.kernels.weights import SWIGLU, Expert, ExpertTable, GatedActivation, PackedWeight
 
 _SORT_BLOCK = 1024
 _MOST_ROWS = 64  # of a tile
@@ -177,7 +177,7 @@ class Sizes:
 
 
 def moe(
-    x: Tensor, expert_ids: Tensor, gate_weights: Tensor, experts: ExpertTable, activation: Activation = SWIGLU
+    x: Tensor, expert_ids: Tensor, gate_weights: Tensor, experts: ExpertTable, activation: GatedActivation = SWIGLU
 ) -> Tensor:
     """See `operators.moe`. Gate and up meet in float32; what down reads, and each expert's result, has x's type."""
     assert isinstance(experts, TritonExperts), type(experts)
@@ -186,7 +186,9 @@ def moe(
     return weighted_sum(outer, expert_ids, gate_weights, x.dtype)
 
 
-def expert_outputs(x: Tensor, expert_ids: Tensor, experts: ExpertTable, activation: Activation, out: Tensor) -> None:
+def expert_outputs(
+    x: Tensor, expert_ids: Tensor, experts: ExpertTable, activation: GatedActivation, out: Tensor
+) -> None:
     """See `operators.expert_outputs`. out: contiguous, of x's type or float32."""
     assert isinstance(experts, TritonExperts), type(experts)
     x = x if x.stride(1) == 1 else x.contiguous()
@@ -240,7 +242,7 @@ def _multiply(
     x: Tensor,
     experts: TritonExperts,
     sizes: Sizes,
-    activation: Activation,
+    activation: GatedActivation,
     order: Tensor,
     tiles: Tensor,
     counts: Tensor,

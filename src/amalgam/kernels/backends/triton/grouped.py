@@ -81,7 +81,7 @@ def activated(
     IS_GELU: tl.constexpr,
     LIMITS_LAST: tl.constexpr,
 ):
-    """Gate and up, float32, joined as `Activation` says."""
+    """Gate and up, float32, joined as `GatedActivation` says."""
     if LIMIT is not None:
         if not LIMITS_LAST:
             gate = tl.minimum(gate, LIMIT, propagate_nan=tl.PropagateNan.ALL)

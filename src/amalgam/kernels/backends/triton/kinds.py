@@ -15,7 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from amalgam.kernels.layouts import AFFINE8, DENSE, E2M1, SCALED8, TABLE4, TRITON_LAYOUTS
-from amalgam.kernels.packed import PackedWeight
+from amalgam.kernels.weights import PackedWeight
 
 # Rows of a table of pointers, a column for each weight; 0 for what it has not. ROWS is no pointer but how many it has.
 WEIGHT, SCALE, ZERO, GROUP, TABLE, FACTOR, BIAS, ROWS, FIELDS = (tl.constexpr(row) for row in range(9))

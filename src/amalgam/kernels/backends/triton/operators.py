@@ -18,8 +18,8 @@ from amalgam.kernels.backends.triton import products, steps
 from amalgam.kernels.backends.triton.kinds import TritonWeight
 from amalgam.kernels.backends.triton.launching import FLOAT_TYPES
 from amalgam.kernels.backends.triton.steps import StepOperators
-from amalgam.kernels.packed import SWIGLU, Activation, ExpertTable, PackedWeight
 from amalgam.kernels.program import Embed, Head, Instruction, Mix, Program, Project, Route
+from amalgam.kernels.weights import SWIGLU, ExpertTable, GatedActivation, PackedWeight
 
 
 class TritonOperators(StepOperators):
@@ -49,7 +49,7 @@ class TritonOperators(StepOperators):
 
     @staticmethod
     def moe(
-        x: Tensor, expert_ids: Tensor, gate_weights: Tensor, experts: ExpertTable, activation: Activation = SWIGLU
+        x: Tensor, expert_ids: Tensor, gate_weights: Tensor, experts: ExpertTable, activation: GatedActivation = SWIGLU
     ) -> Tensor:
         if mixtures.supports_moe(x, experts):
             return mixtures.moe(x, expert_ids, gate_weights, experts, activation)
@@ -60,7 +60,7 @@ class TritonOperators(StepOperators):
         x: Tensor,
         expert_ids: Tensor,
         experts: ExpertTable,
-        activation: Activation,
+        activation: GatedActivation,
         out: Tensor,
         *,
         num_threads: int | None = None,

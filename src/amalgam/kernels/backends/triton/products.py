@@ -50,7 +50,7 @@ from amalgam.kernels.backends.triton.tiles import (
     zeros_at,
 )
 from amalgam.kernels.backends.triton.variants import Variant
-from amalgam.kernels.packed import PackedWeight
+from amalgam.kernels.weights import PackedWeight
 
 # Of several ranges of inputs, each is a program of its own up to so many rows.
 _MOST_ROWS_IN_RANGES = 64

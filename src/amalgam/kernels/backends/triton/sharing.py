@@ -16,8 +16,8 @@ from torch import Tensor
 
 from amalgam.kernels.backends.base import OwnMixture
 from amalgam.kernels.backends.triton.experts import TritonExperts
-from amalgam.kernels.packed import Expert, ExpertTable, PackedWeight
 from amalgam.kernels.program import Mix, Program, Projection
+from amalgam.kernels.weights import Expert, ExpertTable, PackedWeight
 
 
 def tables_of(program: Program) -> tuple[Tensor, ...]:

@@ -18,7 +18,6 @@ from amalgam.kernels.backends.triton import attention, elementwise, heads, routi
 from amalgam.kernels.backends.triton.batches import TokenBatch
 from amalgam.kernels.backends.triton.launching import FLOAT_TYPES
 from amalgam.kernels.layouts import dense
-from amalgam.kernels.packed import Activation, PackedWeight
 from amalgam.kernels.program import (
     Attend,
     AttendLatent,
@@ -37,6 +36,7 @@ from amalgam.kernels.program import (
     SwiGlu,
 )
 from amalgam.kernels.step import AttentionBatch, AttentionOptions, CachedAttention, LayerCache
+from amalgam.kernels.weights import GatedActivation, PackedWeight
 
 
 class StepOperators(Operators):
@@ -71,7 +71,7 @@ class StepOperators(Operators):
         return elementwise.gelu(x) if elementwise.supports_gelu(x) else Operators.gelu(x)
 
     @staticmethod
-    def gated(gate: Tensor, up: Tensor, activation: Activation) -> Tensor:
+    def gated(gate: Tensor, up: Tensor, activation: GatedActivation) -> Tensor:
         if elementwise.supports_gated(gate, up):
             return elementwise.gated(gate, up, activation)
         return Operators.gated(gate, up, activation)

@@ -34,7 +34,7 @@ from amalgam.formats.gguf.carrying import (
 )
 from amalgam.formats.gguf.placing import Place, Placing
 from amalgam.kernels.layouts import dense
-from amalgam.kernels.packed import PackedWeight
+from amalgam.kernels.weights import PackedWeight
 
 Kinds = dict[str, Truth]
 _WIDE_ROLES = {"norm", "bias", "router", "convolution"}

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from amalgam.kernels.packed import GEGLU, SWIGLU, Activation
+from amalgam.kernels.weights import GEGLU, SWIGLU, GatedActivation
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -67,8 +67,8 @@ def gelu(x: Tensor) -> Tensor:
     return x * sigmoid(1.5957691216057308 * (x + 0.044715 * x * x * x))
 
 
-def gated(gate: Tensor, up: Tensor, activation: Activation) -> Tensor:
-    """Gate and up projection joined as `Activation` says, in float32; plain SwiGLU and GEGLU as `swiglu` does it."""
+def gated(gate: Tensor, up: Tensor, activation: GatedActivation) -> Tensor:
+    """Gate and up projection joined as `GatedActivation` says, float32; plain SwiGLU and GEGLU as `swiglu` does it."""
     if activation == SWIGLU:
         return swiglu(gate, up)
     if activation == GEGLU:

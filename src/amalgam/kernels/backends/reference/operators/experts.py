@@ -7,7 +7,7 @@ from torch import Tensor
 
 from amalgam.kernels.backends.reference.operators.elementwise import gated
 from amalgam.kernels.backends.reference.operators.products import linear
-from amalgam.kernels.packed import SWIGLU, Activation, ExpertTable, PackedWeight
+from amalgam.kernels.weights import SWIGLU, ExpertTable, GatedActivation, PackedWeight
 
 
 def route(x: Tensor, weight: PackedWeight, k: int, *, normalises: bool, sum_eps: float = 0.0) -> tuple[Tensor, Tensor]:
@@ -28,7 +28,7 @@ def route(x: Tensor, weight: PackedWeight, k: int, *, normalises: bool, sum_eps:
 
 
 def moe(
-    x: Tensor, expert_ids: Tensor, gate_weights: Tensor, experts: ExpertTable, activation: Activation = SWIGLU
+    x: Tensor, expert_ids: Tensor, gate_weights: Tensor, experts: ExpertTable, activation: GatedActivation = SWIGLU
 ) -> Tensor:
     """Mixture of experts: `Σₖ gate_weights[t, k] × expert(expert_ids[t, k])(x[t])`, each expert a gated MLP.
 
@@ -45,7 +45,7 @@ def expert_outputs(
     x: Tensor,
     expert_ids: Tensor,
     experts: ExpertTable,
-    activation: Activation,
+    activation: GatedActivation,
     out: Tensor,
     *,
     num_threads: int | None = None,

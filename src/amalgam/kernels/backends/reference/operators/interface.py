@@ -24,9 +24,9 @@ from amalgam.kernels.backends.reference.operators.experts import expert_outputs,
 from amalgam.kernels.backends.reference.operators.products import embedding, linear, per_head
 from amalgam.kernels.backends.reference.operators.recurrent import convolve, decay, delta_rule, scan_states
 from amalgam.kernels.backends.reference.routing import choose_experts
-from amalgam.kernels.packed import PackedWeight
 from amalgam.kernels.program import Route
 from amalgam.kernels.step import CachedAttention
+from amalgam.kernels.weights import PackedWeight
 
 
 class Operators:

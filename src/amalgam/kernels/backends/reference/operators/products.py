@@ -7,7 +7,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from amalgam.kernels.layouts import DENSE
-from amalgam.kernels.packed import PackedWeight
+from amalgam.kernels.weights import PackedWeight
 
 # 8 rows: on a CPU a matrix product still runs near the memory's speed; a GPU needs more to be busy.
 _TILE_ROWS = {"cpu": 8, "cuda": 64}

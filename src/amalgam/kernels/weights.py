@@ -118,7 +118,7 @@ class PackedWeight:
 
 
 @dataclass(frozen=True)
-class Activation:
+class GatedActivation:
     """How the gate and up projections of a gated MLP meet: `g × sigmoid(alpha × g) × (u + offset)`.
 
     With a `limit`, first g = min(gate, limit) and u = up within ±limit. The defaults make it SwiGLU (Shazeer 2020).
@@ -133,7 +133,7 @@ class Activation:
     limits_last: bool = False
 
 
-SWIGLU, GEGLU = Activation(), Activation(is_gelu=True)
+SWIGLU, GEGLU = GatedActivation(), GatedActivation(is_gelu=True)
 
 
 @dataclass(frozen=True, eq=False)
