@@ -37,7 +37,7 @@ from engines import process_memory
 from rich.console import Console
 from rich.table import Table
 
-from amalgam.base.files import new_folder
+from amalgam.base.files import resumable_folder
 from amalgam.checkpoint.writer import write_checkpoint
 from amalgam.formats.registry import writable_format
 from amalgam.models.registry import read_spec
@@ -73,7 +73,7 @@ def write_shape(folder: Path) -> None:
             for suffix, tensor in made[slot.shape].items():
                 yield f"{name.removesuffix('.weight')}.{suffix}", tensor
 
-    with new_folder(folder) as temporary:
+    with resumable_folder(folder, lambda partial: False) as temporary:
         write_checkpoint(temporary, tensors())
         group = {"targets": ["Linear"], "weights": scheme, "format": "pack-quantized"}
         quantization = {

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import ast
 import asyncio
+import importlib
 import json
 import os
 import signal
@@ -266,3 +268,29 @@ def test_half_of_a_mixs_experts_are_fp8(unit: str, tmp_path: Path, monkeypatch: 
     assert found == (mixed if unit == "experts" else [list(column) for column in zip(*mixed, strict=True)])
     assert {weights[name].format.name for name in weights if "linear_attn.in_proj_qkv" in name} == {"int4"}
     assert weights["lm_head.weight"].format.name == "int4"
+
+
+SCRIPTS = sorted(path for folder in ("benchmarks", "examples", "release") for path in (ROOT / folder).rglob("*.py"))
+
+
+def test_scripts_import_what_is_there() -> None:
+    """No type checker reads them, and most run for longer than a test may."""
+    missing = []
+    for script in SCRIPTS:
+        for node in ast.walk(ast.parse(script.read_text(encoding="utf-8"))):
+            if not isinstance(node, ast.ImportFrom) or not (node.module or "").startswith("amalgam"):
+                continue
+            for alias in node.names:
+                if not is_importable(str(node.module), alias.name):
+                    missing.append(f"{script.relative_to(ROOT)}:{node.lineno} {node.module}.{alias.name}")
+    assert len(SCRIPTS) > 40 and not missing, missing
+
+
+def is_importable(module: str, name: str) -> bool:
+    try:
+        if hasattr(importlib.import_module(module), name):
+            return True
+        importlib.import_module(f"{module}.{name}")
+    except ModuleNotFoundError as error:
+        return not (error.name or "").startswith("amalgam")  # an extra that is not installed
+    return True
