@@ -395,11 +395,11 @@ class Deployment:
 
     def _note_ended(self, request: Request, output: RequestOutput) -> None:
         """In the step thread."""
-        if self._history is not None and output.error is None and output.usage is not None:
-            self._note_sound(self._history, output.usage.version)
         if self.autoplan is not None:
             self.autoplan.note(request, output)
         self.trials.note(request, output)
+        if self._history is not None and output.error is None and output.usage is not None:
+            self._note_sound(self._history, output.usage.version)  # last: a process may be out of threads
 
     def _note_sound(self, history: HistoryFile, version_id: int) -> None:
         """A version has answered. In the step thread: the file is written in another one, once for each version."""
