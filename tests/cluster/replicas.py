@@ -28,7 +28,7 @@ from amalgam.config.placement import Rule
 from amalgam.engine.generation_config import ModelDefaults
 from amalgam.engine.meter import Meter, Reading
 from amalgam.engine.request import EngineStatus
-from amalgam.errors import AmalgamError, PlanError, ReplicaLostError, VersionNotFoundError
+from amalgam.errors import PlanError, ReplicaLostError, VersionNotFoundError
 from amalgam.runtime.changes import ChangeRequest, RemapResult
 from amalgam.runtime.devices import DeviceFigures
 from amalgam.text.filters.contract import Where
@@ -53,13 +53,15 @@ class ScriptedMember:
 
     Attributes:
         fails: method → what it raises, once; True: the replica dies in it.
+        fails_late: the same, when the method has done its work.
         hangs: method → what it waits for.
         before: what is kept for all to go back to.
         is_on_probation: it has yet to show that it answers.
         events: what an answer streams, before which `before_event` is called with the number of those sent.
     """
 
-    fails: dict[str, AmalgamError | bool] = field(default_factory=dict)
+    fails: dict[str, Exception | bool] = field(default_factory=dict)
+    fails_late: dict[str, Exception] = field(default_factory=dict)
     hangs: dict[str, asyncio.Event] = field(default_factory=dict)
     before: Weights | None = None
     is_on_probation: bool = False
@@ -85,11 +87,14 @@ class ScriptedMember:
         failure = self.fails.pop(method, None)
         if failure is True:
             self.is_dead = True
-        elif isinstance(failure, AmalgamError):
+        elif isinstance(failure, Exception):
             raise failure
         if self.is_dead:
             raise ReplicaLostError("It is dead.")
-        return getattr(self, method)(*args)
+        result = getattr(self, method)(*args)
+        if method in self.fails_late:
+            raise self.fails_late.pop(method)
+        return result
 
     async def answer(self, request: Forwarded, take: Take) -> None:
         self.num_answers += 1
@@ -177,6 +182,8 @@ class ScriptedMember:
         self.current, self.is_on_probation = self.before, False
 
     def remove_name(self, name: str) -> int:
+        if name not in self.named:
+            raise VersionNotFoundError(f"There are no weights {name!r}.")
         return self.named.pop(name).version_id
 
     def cancel(self) -> None:
@@ -218,6 +225,10 @@ class LocalTransport:
 
         listener = Listener(answer)
         return await listener.listen("127.0.0.1")
+
+
+class ForeignError(Exception):
+    """What a transport, or a fault of ours, may raise."""
 
 
 def no_such_source() -> PlanError:

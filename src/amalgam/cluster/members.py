@@ -6,13 +6,17 @@ In: names of calls, arguments. Out: what came of it, replica by replica. Must ne
 from __future__ import annotations
 
 import asyncio
+import logging
 import time
 from collections.abc import Callable, Collection, Mapping
+from concurrent.futures import Future, wait
 from dataclasses import dataclass
 from typing import Any
 
 from amalgam.cluster.interface import Transport
 from amalgam.errors import AmalgamError, ReplicaLostError, UnavailableError
+
+logger = logging.getLogger("amalgam.cluster")
 
 
 @dataclass(frozen=True)
@@ -45,15 +49,16 @@ class Members:
         Raises:
             AmalgamError: it was raised there.
             ReplicaLostError: the replica has gone.
+            UnavailableError: the call has failed in another way.
         """
-        return asyncio.run_coroutine_threadsafe(self._transport.call(replica_id, method, *args), self._loop).result()
+        return _result(replica_id, self._begin(replica_id, method, *args))
 
     def any(self, method: str, *args: Any, among: Collection[str] | None = None) -> Any:
         """What the first replica answers that has not gone.
 
         Raises:
             AmalgamError: it was raised there.
-            UnavailableError: there is none.
+            UnavailableError: there is none, or the call has failed in another way.
         """
         for replica_id in sorted(self.ids() if among is None else among):
             try:
@@ -77,44 +82,63 @@ class Members:
             while_waiting: called with the number of replicas that have answered, again and again. It may raise once
                 and for all: then what is under way goes on, and is waited for.
         """
-        tasks = {
-            replica_id: asyncio.run_coroutine_threadsafe(self._transport.call(replica_id, method, *args), self._loop)
-            for replica_id in among
-        }
-        results, errors, lost, late = {}, {}, set(), set()
+        calls = {replica_id: self._begin(replica_id, method, *args) for replica_id in among}
         deadline = None if seconds is None else time.monotonic() + seconds
-        interruption: BaseException | None = None
-        for replica_id, task in tasks.items():
-            while True:
-                try:
-                    is_asked = while_waiting is not None and interruption is None
-                    results[replica_id] = task.result(_patience(deadline, _POLL_SECONDS if is_asked else None))
-                except ReplicaLostError:
-                    lost.add(replica_id)
-                except AmalgamError as error:
-                    errors[replica_id] = error
-                except TimeoutError:
-                    if deadline is not None and time.monotonic() >= deadline and not task.done():
-                        late.add(replica_id)
-                        break
-                    if while_waiting is not None and interruption is None:
-                        try:
-                            while_waiting(sum(other.done() for other in tasks.values()))
-                        except AmalgamError as error:
-                            interruption = error
-                    continue
+        interruption: Exception | None = None
+        while True:
+            is_asked = while_waiting is not None and interruption is None
+            _, unanswered = wait(calls.values(), _patience(deadline, _POLL_SECONDS if is_asked else None))
+            if not unanswered or (deadline is not None and time.monotonic() >= deadline):
                 break
+            if while_waiting is not None and interruption is None:
+                try:
+                    while_waiting(len(calls) - len(unanswered))
+                except Exception as error:
+                    interruption = error
         if interruption is not None:
             raise Interrupted() from interruption
+        results, errors, lost, late = {}, {}, set(), set()
+        for replica_id, call in calls.items():
+            if call in unanswered:
+                late.add(replica_id)
+                continue
+            try:
+                results[replica_id] = _result(replica_id, call)
+            except ReplicaLostError:
+                lost.add(replica_id)
+            except AmalgamError as error:
+                errors[replica_id] = error
         return Outcomes(results, errors, frozenset(lost), frozenset(late))
+
+    def _begin(self, replica_id: str, method: str, *args: Any) -> Future[Any]:
+        return asyncio.run_coroutine_threadsafe(self._transport.call(replica_id, method, *args), self._loop)
 
 
 class Interrupted(Exception):  # noqa: N818 – nothing has gone wrong
     """Somebody wants a call of several replicas no more; its cause says why."""
 
 
+def _result(replica_id: str, call: Future[Any]) -> Any:
+    """What a call has returned. Who calls several replicas goes on with the others whatever one of them raises.
+
+    Raises:
+        AmalgamError: it was raised there.
+        ReplicaLostError: the replica has gone.
+        UnavailableError: the call has failed in another way.
+    """
+    try:
+        return call.result()
+    except AmalgamError:
+        raise
+    except Exception as error:
+        logger.exception("a call of replica %s has failed", replica_id)
+        raise UnavailableError(
+            f"A call of replica {replica_id} has failed: {type(error).__name__}.", remedy="The log has the cause."
+        ) from error
+
+
 def _patience(deadline: float | None, poll_seconds: float | None) -> float | None:
-    """How long to wait for one replica before looking at anything else; None: until it answers."""
+    """How long to wait for replicas before looking at anything else; None: until all have answered."""
     left = None if deadline is None else max(0.0, deadline - time.monotonic())
     return min((wait for wait in (left, poll_seconds) if wait is not None), default=None)
 
