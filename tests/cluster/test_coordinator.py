@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import asyncio
-import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -22,9 +23,9 @@ from amalgam.errors import (
     UnavailableError,
     VersionNotFoundError,
 )
-from amalgam.runtime.changes import ChangeRequest
+from amalgam.runtime.changes import ChangeRequest, RemapResult
 from amalgam.runtime.history import HistoryFile
-from tests.cluster.replicas import RULES, LocalTransport, ScriptedMember, no_such_source
+from tests.cluster.replicas import RULES, ForeignError, LocalTransport, ScriptedMember, no_such_source
 from tests.errors import raises
 
 MAPPING = ChangeRequest(mapping={"b": "fp8"})
@@ -84,17 +85,6 @@ class Cluster:
 
 
 @pytest.fixture
-def loop() -> Iterator[asyncio.AbstractEventLoop]:
-    made = asyncio.new_event_loop()
-    thread = threading.Thread(target=made.run_forever)
-    thread.start()
-    yield made
-    made.call_soon_threadsafe(made.stop)
-    thread.join()
-    made.close()
-
-
-@pytest.fixture
 def cluster(loop: asyncio.AbstractEventLoop) -> Cluster:
     return Cluster(loop)
 
@@ -131,10 +121,37 @@ def test_a_replica_that_cannot_prepare_keeps_all_as_they_are(cluster: Cluster, f
     assert set(cluster.versions.values()) == {3}
 
 
-def test_a_replica_that_cannot_go_live_takes_all_others_back(cluster: Cluster) -> None:
-    cluster.members["c"].fails["go_live"] = UnavailableError("It is closed.")
-    with raises(UnavailableError, "closed"):
+@pytest.mark.parametrize("failure", [UnavailableError("closed"), ForeignError("closed"), TimeoutError("closed")])
+@pytest.mark.parametrize("is_late", [False, True])
+@pytest.mark.parametrize("name", [None, "fast"])
+def test_a_replica_that_cannot_go_live_takes_all_others_back(
+    cluster: Cluster, failure: Exception, is_late: bool, name: str | None
+) -> None:
+    """Whatever it raises, before it has gone live or after it."""
+    member = cluster.members["c"]
+    (member.fails_late if is_late else member.fails)["go_live"] = failure
+    with raises(UnavailableError, "closed" if isinstance(failure, UnavailableError) else type(failure).__name__):
+        cluster.coordinator.change(replace(MAPPING, name=name))
+    assert unchanged(cluster)
+    assert cluster.ready == {"a", "b", "c"}
+
+
+def test_one_that_neither_goes_live_nor_back_gets_no_requests_until_it_is_there(cluster: Cluster) -> None:
+    member = cluster.members["c"]
+    go_live = member.go_live
+
+    def failing(version_id: int, *more: Any) -> RemapResult:
+        if version_id != 1:
+            go_live(version_id, *more)
+        raise ForeignError
+
+    member.go_live = failing  # type: ignore[assignment, method-assign]
+    with raises(UnavailableError, "ForeignError"):
         cluster.coordinator.change(MAPPING)
+    assert (cluster.versions, cluster.ready) == ({"a": 1, "b": 1, "c": 2}, {"a", "b"})
+    member.go_live = go_live  # type: ignore[method-assign]
+    cluster.look()
+    assert cluster.ready == {"a", "b", "c"}
     assert unchanged(cluster)
 
 

@@ -8,9 +8,10 @@ In: what is asked for, replicas. Out: the same version in all of them. Must neve
     discard   nothing is kept for this change any more
 
 If a replica cannot prepare, or has gone, the others discard what they have built: nothing has changed anywhere. If one
-cannot go live, those that have go back to the version before, which they still have. A replica that dies while others
-go live is no reason to go back. Nor is one that does not answer in time: it gets no requests before new ones go on, so
-that nobody sees two versions.
+cannot go live, all that have answered go back to the version before, which they still have: that one too, for an error
+does not tell whether it came before the exchange or after it. A replica that dies while others go live is no reason to
+go back. Nor is one that does not answer in time: it gets no requests before new ones go on, so that nobody sees two
+versions.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from contextlib import AbstractContextManager
 from amalgam.cluster.interface import Description, ReplicaState, Weights
 from amalgam.cluster.members import Interrupted, Members, Outcomes
 from amalgam.cluster.routing import Routing
-from amalgam.errors import AmalgamError, ConflictError, UnavailableError
+from amalgam.errors import AmalgamError, ConflictError, UnavailableError, VersionNotFoundError
 from amalgam.runtime.changes import ChangeRequest, RemapResult
 from amalgam.runtime.jobs import Job
 
@@ -149,18 +150,24 @@ class Exchange:
     def _go_live(self, ids: Collection[str], version_id: int, before: Weights, name: str | None) -> None:
         """
         Raises:
-            AmalgamError: a replica could not, and those that had are back on the version before.
+            AmalgamError: a replica could not, and all are back on the version before, or get no requests.
         """
         outcomes = self._members.all(ids, "go_live", version_id, name, name is None, seconds=self._hold_seconds)
         self.set_aside(outcomes.late)
         if outcomes.errors or not outcomes.results:
-            done = list(outcomes.results)
-            if name is None:
-                back = self._members.all(done, "go_live", before.version_id, None, True, seconds=self._hold_seconds)
-            else:
-                back = self._members.all(done, "remove_name", name, seconds=self._hold_seconds)
-            self.set_aside(set(done).difference(back.results))
+            self._put_back(outcomes.results.keys() | outcomes.errors.keys(), before, name)
             self._check(outcomes, len(ids), "take the new weights into use")
+
+    def _put_back(self, ids: Collection[str], before: Weights, name: str | None) -> None:
+        """Undo a change where it may have been made; a replica that cannot is set aside."""
+        if name is None:
+            back = self._members.all(ids, "go_live", before.version_id, None, True, seconds=self._hold_seconds)
+            are_back = set(back.results)
+        else:
+            back = self._members.all(ids, "remove_name", name, seconds=self._hold_seconds)
+            unnamed = {one for one, error in back.errors.items() if isinstance(error, VersionNotFoundError)}
+            are_back = unnamed.union(back.results)
+        self.set_aside(set(ids) - are_back)
 
     def _check(self, outcomes: Outcomes, num_replicas: int, what: str) -> None:
         """
