@@ -233,3 +233,9 @@ class ForeignError(Exception):
 
 def no_such_source() -> PlanError:
     return PlanError("There is no source 'x'.")
+
+
+async def until(condition: Callable[[], bool]) -> None:
+    """Wait for what must come."""
+    while not condition():  # noqa: ASYNC110 – the other end tells nobody
+        await asyncio.sleep(0.001)

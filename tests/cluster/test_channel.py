@@ -14,6 +14,7 @@ import pytest
 from amalgam.cluster.channel import Address, Channel, Listener
 from amalgam.cluster.interface import Forwarded, Head, Noted, Part, Take
 from amalgam.errors import ReplicaLostError, UnavailableError
+from tests.cluster.replicas import until
 from tests.errors import raises
 
 FRAME = struct.Struct("<IIB")
@@ -42,11 +43,6 @@ def run(
 
 async def parts_of(channel: Channel, request: Forwarded = REQUEST) -> list[Part]:
     return [part async for group in channel.ask(request) for part in group]
-
-
-async def until(condition: Callable[[], bool]) -> None:
-    while not condition():  # noqa: ASYNC110 – the other end tells nobody
-        await asyncio.sleep(0.001)
 
 
 def test_requests_and_answers_arrive_as_they_were() -> None:

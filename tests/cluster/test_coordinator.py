@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -65,7 +66,7 @@ class Cluster:
     def look(self) -> None:
         """What the gateway does again and again."""
         alive = {name: self.members[name].state() for name in self.transport.ids()}
-        self.routing.update(alive, gone=set(self.routing.replicas) - alive.keys())
+        self.routing.update(alive, time.monotonic(), gone=set(self.routing.replicas) - alive.keys())
         self.has_begun = self.has_begun or self.coordinator.begin()
         if self.has_begun:
             self.coordinator.look_after()

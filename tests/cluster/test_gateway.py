@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import socket
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Awaitable, Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
@@ -24,7 +25,7 @@ from amalgam.config.settings import Settings
 from amalgam.runtime.changes import ChangeRequest
 from amalgam.runtime.opening import open_deployment
 from amalgam.server.http.lifecycle import DrainingServer, listen, url_of
-from tests.cluster.replicas import RULES, LocalTransport, ScriptedMember
+from tests.cluster.replicas import RULES, ForeignError, LocalTransport, ScriptedMember, until
 from tests.conftest import write_demo_config
 from tests.server.conftest import running, wait_until
 from tests.server.fakes import fake_settings
@@ -240,6 +241,64 @@ def test_what_filters_find_in_replicas_is_counted(members: dict[str, ScriptedMem
     with serving(settings, dict(members)) as client:
         assert client.get("/filters").json()["filters"][0]["found"]["prompts"] == {"redact": 4}
         assert metric(client, 'amalgam_filtered_total{action="redact",filter="mail",where="prompts"}') == 4
+
+
+def looking(members: dict[str, ScriptedMember], use: Callable[[LocalTransport, Routing], Awaitable[None]]) -> None:
+    """Use what a gateway looks at the members by, in its event loop."""
+
+    async def run() -> None:
+        settings = fake_settings(port=0)
+        routing = Routing(settings.cluster.max_imbalance)
+        transport = LocalTransport(members, routing)
+        gateway = Gateway(settings, transport, routing)
+        used = asyncio.create_task(use(transport, routing))
+        await asyncio.sleep(0)  # it changes the transport before anybody looks
+        async with httpx.AsyncClient(transport=httpx.ASGITransport(gateway), base_url="http://gateway") as client:
+            await client.get("/health")
+        await used
+
+    asyncio.run(asyncio.wait_for(run(), 120))
+
+
+def test_what_a_replica_told_before_it_was_lost_does_not_bring_it_back(members: dict[str, ScriptedMember]) -> None:
+    lost, slow = members.values()
+
+    async def use(transport: LocalTransport, routing: Routing) -> None:
+        await until(lambda: len(routing.replicas) == 2)
+        told = slow.hangs["state"] = asyncio.Event()
+        before = lost.calls.count("state")
+        await until(lambda: lost.calls.count("state") > before)
+        await asyncio.sleep(0)  # it answers
+        lost.hangs["state"] = asyncio.Event()  # when it is asked again
+        routing.lost("a")
+        slow.coming_id = 7
+        told.set()
+        await until(lambda: routing.replicas["b"].state.coming_id == 7)
+        assert {name: seen.is_lost for name, seen in routing.replicas.items()} == {"a": True, "b": False}
+
+    looking(members, use)
+
+
+def test_a_failure_does_not_end_the_looks_at_replicas(
+    members: dict[str, ScriptedMember], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def use(transport: LocalTransport, routing: Routing) -> None:
+        for name in ("start", "ids"):
+            monkeypatch.setattr(transport, name, failing_once(getattr(transport, name)))
+        await until(lambda: routing.replicas.keys() == members.keys())
+
+    looking(members, use)
+
+
+def failing_once(call: Callable[[], Any]) -> Callable[[], Any]:
+    failures = [ForeignError()]
+
+    def fail() -> Any:
+        if failures:
+            raise failures.pop()
+        return call()
+
+    return fail
 
 
 @pytest.fixture(scope="module")

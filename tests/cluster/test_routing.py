@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import time
+
 import pytest
 
 from amalgam.cluster.interface import Ask
@@ -12,10 +14,19 @@ from tests.cluster.replicas import state
 
 def routing(*names: str, max_imbalance: int = 2) -> Routing:
     made = Routing(max_imbalance)
-    made.update({name: state() for name in names})
+    made.update({name: state() for name in names}, now())
     for seen in made.replicas.values():
         seen.is_ready = True
     return made
+
+
+def now() -> float:
+    return time.monotonic()
+
+
+def later() -> float:
+    """After all that has happened so far."""
+    return now() + 1.0
 
 
 def chat(system: str, question: str) -> tuple[int, ...]:
@@ -65,7 +76,7 @@ def test_other_weights_are_another_beginning() -> None:
 
 def test_requests_for_weights_go_where_these_are() -> None:
     made = routing("a", "b")
-    made.update({"b": state(names={"fast": 7}, kept_ids=frozenset({1, 7}))})
+    made.update({"b": state(names={"fast": 7}, kept_ids=frozenset({1, 7}))}, now())
     for weights in ("fast", 7, "7"):
         assert made.order(Ask("1", weights=weights)) == ["b"]
     assert made.order(Ask("2", weights="current")) == ["a", "b"]
@@ -78,10 +89,20 @@ def test_what_is_not_ready_or_lost_or_tried_gets_nothing() -> None:
     made.lost("b")
     assert made.order(Ask("1")) == ["c"]
     assert not made.has_room(Ask("1", tried=frozenset({"c"})))
-    made.update({"b": state()})  # it was only out of reach
+    made.update({"b": state()}, later())  # it was only out of reach
     assert made.order(Ask("1", tried=frozenset({"c"}))) == ["b"]
-    made.update({}, gone=["b", "c"])
+    made.update({}, now(), gone=["b", "c"])
     assert not made.has_room(Ask("1"))
+
+
+def test_what_a_replica_told_before_it_was_lost_does_not_bring_it_back() -> None:
+    made = routing("a", "b")
+    asked_at = now()
+    made.lost("a")
+    made.update({"a": state(), "b": state()}, asked_at)
+    assert made.order(Ask("1")) == ["b"]
+    made.update({"a": state(), "b": state()}, later())
+    assert made.order(Ask("1")) == ["a", "b"]
 
 
 @pytest.mark.parametrize("body", [b"", b"{", b"[1]", b"\xff"])

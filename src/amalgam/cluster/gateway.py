@@ -110,17 +110,22 @@ class Gateway:
 
     async def _look(self) -> None:
         """Ask all replicas for their state, again and again."""
-        try:
-            await self._transport.start()
-            while not self._stopping.is_set():
-                ids = set(self._transport.ids())
-                found = await asyncio.gather(*(self._state(replica_id) for replica_id in ids))
-                states = {replica_id: state for replica_id, state in zip(ids, found, strict=True) if state is not None}
-                self._routing.update(states, gone=set(self._routing.replicas) - ids)
-                await asyncio.sleep(LOOK_SECONDS)
-        except Exception:
-            logger.exception("the replicas are not looked at any more")
-            raise
+        has_started = False
+        while not self._stopping.is_set():
+            try:
+                if not has_started:
+                    await self._transport.start()
+                    has_started = True
+                await self._look_once()
+            except Exception as error:  # the next look may succeed, and without one no replica gets requests
+                logger.error("replicas cannot be seen: %s", error, exc_info=not isinstance(error, AmalgamError))
+            await asyncio.sleep(LOOK_SECONDS)
+
+    async def _look_once(self) -> None:
+        ids, asked_at = set(self._transport.ids()), time.monotonic()
+        found = await asyncio.gather(*(self._state(replica_id) for replica_id in ids))
+        states = {replica_id: state for replica_id, state in zip(ids, found, strict=True) if state is not None}
+        self._routing.update(states, asked_at, gone=set(self._routing.replicas) - ids)
 
     async def _state(self, replica_id: str) -> ReplicaState | None:
         try:

@@ -12,6 +12,7 @@ however many requests there have been. SGLang's and Ray's routers keep a tree of
 from __future__ import annotations
 
 import threading
+import time
 from collections import Counter, OrderedDict
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
@@ -68,9 +69,13 @@ class Seen:
 
     state: ReplicaState
     is_ready: bool = False  # it has the weights that all have
-    is_lost: bool = False
+    lost_at: float | None = None  # on the monotonic clock, as far as is known; None: it is there
     num_in_flight: int = 0  # requests that were sent and are not answered
     num_routed: int = 0
+
+    @property
+    def is_lost(self) -> bool:
+        return self.lost_at is not None
 
     def has(self, weights: str | int | None) -> bool:
         """Whether a request for these weights can run there."""
@@ -162,8 +167,9 @@ class Routing:
 
     def lost(self, replica_id: str) -> None:
         """A replica has gone: nothing goes there any more, whether or not others have noticed."""
-        if (seen := self.replicas.get(replica_id)) is not None:
-            seen.is_lost = True
+        with self._lock:
+            if (seen := self.replicas.get(replica_id)) is not None:
+                seen.lost_at = time.monotonic()
 
     def set_ready(self, replica_id: str, *, is_ready: bool) -> None:
         """Whether a replica may have requests: it has the weights that all have."""
@@ -171,14 +177,19 @@ class Routing:
             if (seen := self.replicas.get(replica_id)) is not None:
                 seen.is_ready = is_ready
 
-    def update(self, states: Mapping[str, ReplicaState], gone: Iterable[str] = ()) -> None:
-        """What replicas tell of themselves now."""
+    def update(self, states: Mapping[str, ReplicaState], asked_at: float, gone: Iterable[str] = ()) -> None:
+        """What replicas tell of themselves.
+
+        Args:
+            asked_at: when they were asked, on the monotonic clock. One that was lost later may have answered before.
+        """
         with self._lock:
             for replica_id in gone:
                 self.replicas.pop(replica_id, None)
             for replica_id, state in states.items():
                 seen = self.replicas.setdefault(replica_id, Seen(state))
-                seen.state, seen.is_lost = state, False  # it answers: it was only out of reach
+                if seen.lost_at is None or seen.lost_at < asked_at:  # it answers: it was only out of reach
+                    seen.state, seen.lost_at = state, None
 
     def read_seconds(self) -> Histogram:
         """How long attempts took to get on their way."""
