@@ -264,12 +264,16 @@ def lost_midway() -> ReplicaLostError:
 
 
 async def _read(receive: Receive) -> bytes:
-    """The whole body; `BodyLimit` watches its size and its time."""
+    """The whole body; `BodyLimit` watches its size and its time.
+
+    Raises:
+        ClientDisconnect: the client has left before its end.
+    """
     pieces = []
     while True:
         message = await receive()
         if message["type"] == "http.disconnect":
-            break
+            raise ClientDisconnect
         pieces.append(message.get("body", b""))
         if not message.get("more_body", False):
             break
