@@ -173,6 +173,7 @@ class Transport(Protocol):
         Raises:
             AmalgamError: it was raised there.
             ReplicaLostError: the replica has gone.
+            UnavailableError: the call has failed in another way.
         """
 
     def send(self, ask: Ask, request: Forwarded) -> AsyncGenerator[Sequence[Part]]:
@@ -180,5 +181,5 @@ class Transport(Protocol):
 
         Raises:
             ReplicaLostError: the replica has gone.
-            UnavailableError: there is none to go to.
+            UnavailableError: there is none to go to, or the replica has failed without an answer.
         """

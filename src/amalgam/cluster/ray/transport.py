@@ -47,23 +47,11 @@ class RayTransport:
         return await asyncio.create_task(self._call(replica_id, method, *args), context=Context())
 
     async def _call(self, replica_id: str, method: str, *args: Any) -> Any:
-        response = self._calls.call.remote(Target(replica_id), method, *args)
-        waiting = asyncio.ensure_future(_awaited(response))
         try:
-            while True:
-                done, _ = await asyncio.wait({waiting}, timeout=ROUTE_SECONDS)
-                if done:
-                    break
-                if replica_id not in here.replica_ids:
-                    response.cancel()
-                    raise _lost(replica_id)
-            result = waiting.result()
-        except RayTaskError as error:
-            raise _as_error(error) from None
-        except RayError as error:
-            raise _lost(replica_id, error) from None
-        finally:
-            waiting.cancel()
+            response = self._calls.call.remote(Target(replica_id), method, *args)
+            result = await _unless_lost(replica_id, response)
+        except Exception as error:
+            raise _as_error(replica_id, error) from None
         if isinstance(result, AmalgamError):
             raise result
         return result
@@ -77,6 +65,26 @@ class RayTransport:
         return address
 
 
+async def _unless_lost(replica_id: str, response: Any) -> Any:
+    """What a call returns.
+
+    Raises:
+        ReplicaLostError: the replica has gone while the call was on its way.
+        Exception: what Ray raises.
+    """
+    waiting = asyncio.ensure_future(_awaited(response))
+    try:
+        while not (await asyncio.wait({waiting}, timeout=ROUTE_SECONDS))[0]:
+            if replica_id not in here.replica_ids:
+                response.cancel()
+                raise _lost(replica_id)
+        if waiting.cancelled():  # by Serve, which would cancel whoever asked, too
+            raise _lost(replica_id)
+        return waiting.result()
+    finally:
+        waiting.cancel()
+
+
 async def _awaited(response: Any) -> Any:
     return await response
 
@@ -86,9 +94,17 @@ def _lost(replica_id: str, error: Exception | None = None) -> ReplicaLostError:
     return ReplicaLostError(f"The replica {replica_id} has gone{reason}.", remedy="Another one comes in its place.")
 
 
-def _as_error(error: RayTaskError) -> AmalgamError:
-    """What a replica raised, which says so in words of ours where it is one of our errors."""
-    cause = getattr(error, "cause", None)
-    if isinstance(cause, AmalgamError):
-        return cause
-    return UnavailableError(f"A replica failed: {type(cause or error).__name__}.", remedy="Its log has the cause.")
+def _as_error(replica_id: str, error: Exception) -> AmalgamError:
+    """What has come of a call, as one of our errors: who calls knows no others."""
+    if isinstance(error, RayTaskError):  # the replica has raised it
+        cause = getattr(error, "cause", None)
+        if isinstance(cause, AmalgamError):
+            return cause
+        return UnavailableError(f"A replica failed: {type(cause or error).__name__}.", remedy="Its log has the cause.")
+    if isinstance(error, AmalgamError):
+        return error
+    if isinstance(error, RayError):
+        return _lost(replica_id, error)
+    return UnavailableError(  # Ray Serve's own have no base in common with Ray's
+        f"Ray Serve cannot call the replica {replica_id}: {type(error).__name__}.", remedy="Try again."
+    )
