@@ -51,6 +51,7 @@ from amalgam.runtime.statistics import ExpertStatistics
 from amalgam.server import app, run
 from amalgam.server.http import lifecycle
 from amalgam.server.http.lifecycle import url_of
+from amalgam.server.http.record import RequestRecord
 
 FAIL = "fail"  # a prompt that makes the engine raise
 MAX_SEQ_LENGTH = 64
@@ -71,6 +72,18 @@ class FakeStream:
     async def aclose(self) -> None:
         await self.outputs.aclose()
         self._engine.end(self.request_id)
+
+
+class BreakingOff:
+    """An application whose answers end in their midst, as when something fails that has no answer."""
+
+    def __init__(self) -> None:
+        self.user_middleware: list[Any] = []
+
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        scope.setdefault("state", {})["record"] = RequestRecord("r1", scope["method"], scope["path"])
+        await send({"type": "http.response.start", "status": 200, "headers": []})
+        await send({"type": "http.response.body", "body": b"{}", "more_body": True})
 
 
 @dataclass

@@ -5,8 +5,12 @@ from __future__ import annotations
 import asyncio
 from typing import Any
 
+import pytest
+
+from amalgam.errors import UnavailableError
 from amalgam.server.local import LocalServer
-from tests.server.fakes import FakeDeployment, fake_settings
+from tests.errors import raises
+from tests.server.fakes import BreakingOff, FakeDeployment, fake_settings
 
 
 def ask(path: str, body: dict[str, Any], deployment: FakeDeployment | None = None, **server: Any) -> tuple[int, Any]:
@@ -29,6 +33,12 @@ def test_a_body_is_no_longer_than_the_line_that_it_comes_from() -> None:
     """Or a line would be refused that the limit allows."""
     for count, status in ((330, 200), (340, 413)):
         assert ask("/tokenize", {"prompt": "月" * count}, max_body_bytes=1024)[0] == status
+
+
+def test_half_an_answer_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("amalgam.server.in_process.create_app", lambda service: BreakingOff())
+    with raises(UnavailableError):
+        ask("/tokenize", {"prompt": "abc"})
 
 
 def test_a_document_that_is_refused_is_not_read() -> None:

@@ -6,7 +6,6 @@ replicas.
 
 from __future__ import annotations
 
-import asyncio
 import hashlib
 import logging
 import os
@@ -43,16 +42,12 @@ from amalgam.runtime.deployment import Deployment
 from amalgam.runtime.served import ServedWeights
 from amalgam.runtime.statistics import ExpertStatistics
 from amalgam.runtime.versions import VersionState
-from amalgam.server import create_app
 from amalgam.server.http.record import RequestRecord
-from amalgam.server.service import Service, in_own_thread
+from amalgam.server.in_process import InProcessServer, scope_of
+from amalgam.server.service import in_own_thread
 
-# Of the section `server`: what concerns answers. Keys, origins, rates and addresses are the gateway's business.
-_KEPT = (
-    "chat_template", "embedding_pooling", "export_dir", "log_prompts", "max_batch_prompts", "max_body_bytes",
-    "max_workers", "reasoning_parser", "request_seconds", "served_model_names", "stream_comment_seconds",
-    "tool_parser",
-)  # fmt: skip
+# Of the section `server`, beside what all answers need. Keys, origins, rates and addresses are the gateway's business.
+_KEPT = ("export_dir", "log_prompts", "request_seconds", "stream_comment_seconds")
 # What the gateway may call of the deployment as it is.
 DEPLOYMENT_CALLS = frozenset({
     "describe_version", "describe_weights", "device_figures", "difference", "expert_info", "manifest", "model_info",
@@ -62,35 +57,21 @@ STATISTICS_CALLS = frozenset({
     "by_layer", "coactivation", "compare", "concentration", "describe", "export", "export_to", "grid", "hints",
     "labels", "overview", "precision_map", "save_set", "transitions", "use_of",
 })  # fmt: skip
-_POLL_SECONDS = 0.01
 _STATE = "forwarded"
 
 logger = logging.getLogger("amalgam.cluster")
 
 
-class Member:
+class Member(InProcessServer):
     """A deployment that is one of several."""
 
     def __init__(self, deployment: Deployment, settings: Settings) -> None:
-        kept = {name: getattr(settings.server, name) for name in _KEPT}
-        self._service = Service(settings.replace(server=kept), lambda: deployment)
-        self._app = create_app(self._service)
+        super().__init__(deployment, settings, _KEPT)
         self._app.user_middleware.append(Middleware(_CallerOfGateway))  # the innermost: behind what makes a record
         self._deployment = deployment
         self._prepared: dict[int, str] = {}  # version → the name that it is kept by until it goes live
         self._before_id: int | None = None  # the version that is pinned for all to go back to
         self._merged: tuple[str, ExpertStatistics] | None = None
-
-    async def start(self) -> None:
-        """To be awaited before the first request."""
-        self._service.start()
-        while not self._service.has_loaded:  # noqa: ASYNC110 – a thread tells
-            await asyncio.sleep(_POLL_SECONDS)
-
-    @property
-    def failure(self) -> Exception | None:
-        """Why nothing is answered any more."""
-        return self._service.failure
 
     @property
     def num_requests(self) -> int:
@@ -103,8 +84,13 @@ class Member:
         self._service.close()
 
     async def answer(self, request: Forwarded, take: Take) -> None:
-        """Give the parts of the answer to `take`, the last of them a `Noted`. To be cancelled if nobody wants it."""
-        scope = _scope_of(request)
+        """Give the parts of the answer to `take`, the last of them a `Noted`. To be cancelled if nobody wants it.
+
+        Raises:
+            UnavailableError: the answer has ended before its last part.
+        """
+        headers = (*request.headers, (b"x-request-id", request.request_id.encode()))
+        scope = {**scope_of(request.method, request.path, headers, request.query), "state": {_STATE: request}}
 
         async def send(message: Message) -> None:
             if message["type"] == "http.response.start":
@@ -112,7 +98,7 @@ class Member:
             elif body := message.get("body", b""):
                 await take(body)
 
-        await self._app(scope, _receiver(request.body), send)
+        await self._ask(scope, request.body, send)
         await take(_noted(scope))
 
     async def call(self, method: str, *args: Any) -> Any:
@@ -338,36 +324,6 @@ class _CallerOfGateway:
             record: RequestRecord = scope["state"]["record"]
             record.priority, record.may_overtake = request.priority, request.may_overtake
         await self.app(scope, receive, send)
-
-
-def _scope_of(request: Forwarded) -> Scope:
-    return {
-        "type": "http",
-        "asgi": {"version": "3.0"},
-        "http_version": "1.1",
-        "method": request.method,
-        "scheme": "http",
-        "path": request.path,
-        "raw_path": request.path.encode(),
-        "root_path": "",
-        "query_string": request.query,
-        "headers": [*request.headers, (b"x-request-id", request.request_id.encode())],
-        "client": None,
-        "server": None,
-        "state": {_STATE: request},
-    }
-
-
-def _receiver(body: bytes) -> Receive:
-    messages: list[Message] = [{"type": "http.request", "body": body, "more_body": False}]
-
-    async def receive() -> Message:
-        if messages:
-            return messages.pop()
-        await asyncio.Event().wait()  # the client stays, or the task is cancelled
-        raise AssertionError
-
-    return receive
 
 
 def _noted(scope: Scope) -> Noted:

@@ -5,46 +5,19 @@ In: a deployment, bodies. Out: statuses and JSON. Must never know: what an endpo
 
 from __future__ import annotations
 
-import asyncio
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import orjson
-from starlette.types import Message, Scope
+from starlette.types import Message
 
-from amalgam.config.settings import Settings
 from amalgam.server.api.summaries import SummarizeAnswer, SummarizeBody, Watch, summary_of
-from amalgam.server.app import create_app
-from amalgam.server.interface import Deployment
-from amalgam.server.service import Service
-
-# Of the section `server`: what concerns answers. Keys, limits, addresses and traces are for requests from outside.
-_KEPT = (
-    "chat_template", "embedding_pooling", "max_batch_prompts", "max_body_bytes", "max_workers", "reasoning_parser",
-    "served_model_names", "tool_parser",
-)  # fmt: skip
-_POLL_SECONDS = 0.01
+from amalgam.server.in_process import InProcessServer, scope_of
 
 
-class LocalServer:
+class LocalServer(InProcessServer):
     """The application, asked by calls. To be used in one event loop; the deployment is the caller's to close."""
-
-    def __init__(self, deployment: Deployment, settings: Settings) -> None:
-        server = {name: getattr(settings.server, name) for name in _KEPT}
-        self._service = Service(settings.replace(server=server), lambda: deployment)
-        self._app = create_app(self._service)
-
-    async def start(self) -> None:
-        """To be awaited before the first request."""
-        self._service.start()
-        while not self._service.has_loaded:  # noqa: ASYNC110 – a thread tells
-            await asyncio.sleep(_POLL_SECONDS)
-
-    @property
-    def failure(self) -> Exception | None:
-        """Why nothing is answered any more."""
-        return self._service.failure
 
     @property
     def max_in_flight(self) -> int:
@@ -56,36 +29,15 @@ class LocalServer:
 
         Args:
             request_id: as `X-Request-ID` has it.
+
+        Raises:
+            UnavailableError: the answer has ended before its last part.
         """
         # Takes integers of any size, which the endpoint refuses; and is no longer than the line that it came from.
         content = json.dumps(body, ensure_ascii=False, separators=(",", ":")).encode(errors="surrogatepass")
-        headers: Sequence[tuple[bytes, bytes]] = [
-            (b"content-type", b"application/json"),
-            (b"x-request-id", request_id.encode("ascii", "replace")),
-        ]
-        scope: Scope = {
-            "type": "http",
-            "asgi": {"version": "3.0"},
-            "http_version": "1.1",
-            "method": "POST",
-            "scheme": "http",
-            "path": path,
-            "raw_path": path.encode(),
-            "root_path": "",
-            "query_string": b"",
-            "headers": headers,
-            "client": None,
-            "server": None,
-        }
-        messages: list[Message] = [{"type": "http.request", "body": content, "more_body": False}]
+        headers = [(b"content-type", b"application/json"), (b"x-request-id", request_id.encode("ascii", "replace"))]
         parts: list[bytes] = []
         status = 0
-
-        async def receive() -> Message:
-            if messages:
-                return messages.pop()
-            await asyncio.Event().wait()  # the client stays
-            raise AssertionError
 
         async def send(message: Message) -> None:
             nonlocal status
@@ -94,7 +46,7 @@ class LocalServer:
             elif message["type"] == "http.response.body":
                 parts.append(message.get("body", b""))
 
-        await self._app(scope, receive, send)
+        await self._ask(scope_of("POST", path, headers), content, send)
         return status, orjson.loads(b"".join(parts))
 
     async def summarize(self, body: SummarizeBody, watch: Watch) -> SummarizeAnswer:
