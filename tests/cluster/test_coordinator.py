@@ -24,7 +24,7 @@ from amalgam.errors import (
     UnavailableError,
     VersionNotFoundError,
 )
-from amalgam.runtime.changes import ChangeRequest, RemapResult
+from amalgam.runtime.changes import MAX_UNDOS, ChangeRequest, RemapResult
 from amalgam.runtime.history import HistoryFile
 from tests.cluster.replicas import RULES, ForeignError, LocalTransport, ScriptedMember, no_such_source
 from tests.errors import raises
@@ -333,6 +333,10 @@ def test_rules_that_cannot_be_fulfilled_any_more_are_not_resumed(
 
 def test_back_and_forth(cluster: Cluster) -> None:
     coordinator = cluster.coordinator
+    with raises(ConflictError, MAX_UNDOS):
+        coordinator.undo(1)
+    with raises(ConflictError):
+        coordinator.rollback()
     coordinator.change(MAPPING)
     coordinator.change(ChangeRequest(mapping={"c": "fp8"}))
     assert coordinator.rollback().version == 2

@@ -27,13 +27,20 @@ from amalgam.cluster.members import Members
 from amalgam.cluster.routing import Routing
 from amalgam.config.names import CURRENT
 from amalgam.config.placement import Rule
-from amalgam.errors import AmalgamError, ConflictError, UnavailableError, VersionNotFoundError
-from amalgam.runtime.changes import ChangeRequest, RemapLog, RemapRecord, RemapResult
+from amalgam.errors import AmalgamError, UnavailableError, VersionNotFoundError
+from amalgam.runtime.changes import (
+    MAX_UNDOS,
+    ChangeRequest,
+    RemapLog,
+    RemapRecord,
+    RemapResult,
+    check_rollback,
+    check_undo,
+)
 from amalgam.runtime.history import HistoryFile
 from amalgam.runtime.jobs import Job, Jobs, status_of_record
 from amalgam.runtime.versions import as_id, check_name
 
-MAX_UNDOS = 64
 RETRY_SECONDS = 5.0
 STATE_SECONDS = 5.0  # how long a replica may take to tell its state
 _FIRST_ID = 1  # of the version that a replica begins with
@@ -268,8 +275,7 @@ class Coordinator:
         with self._change("rollback", f"back to {'the version before' if version is None else version}") as job:
             if version is not None:
                 return self._make(job, ChangeRequest(version=version))
-            if not self._earlier:
-                raise ConflictError("There is no earlier version to go back to.", remedy="Name one that is kept.")
+            check_rollback(self._earlier)
             earlier = list(self._earlier)
             result = self._make(job, ChangeRequest(version=earlier[-1]))
             self._earlier = earlier[:-1]
@@ -278,13 +284,7 @@ class Coordinator:
     def undo(self, version_id: int) -> RemapResult:
         """See `Deployment.undo_weight_mapping`."""
         with self._change("undo", f"back from version {version_id}") as job:
-            if version_id != self.version_id:
-                raise ConflictError(
-                    f"Weight version {version_id} is not in use any more: {self.version_id} is.",
-                    remedy="Look at what has changed since, then undo that version.",
-                )
-            if not self._earlier:
-                raise ConflictError("No change of the weight mapping is left to undo.")
+            check_undo(version_id, self.version_id, self._earlier)
             earlier = list(self._earlier)
             result = self._make(job, ChangeRequest(rules=self._rules_of(earlier[-1], self._ready_ids())))
             self._earlier = earlier[:-1]

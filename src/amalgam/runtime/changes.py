@@ -13,9 +13,10 @@ from dataclasses import dataclass, field, replace
 
 from amalgam.base.clock import Clock
 from amalgam.config.placement import Placement, PlacementLike, Rule, build_rules
-from amalgam.errors import CancelledError, PlanError, RequestError, UnavailableError, describe
+from amalgam.errors import CancelledError, ConflictError, PlanError, RequestError, UnavailableError, describe
 
 MAX_REMAPS = 256  # that are remembered
+MAX_UNDOS = 64  # changes that can be taken back, one after the other
 MAX_REASON_CHARS = 400
 MAX_RULES = 2**18  # that are remembered, of all of them; those of the latest
 
@@ -113,6 +114,45 @@ def merged(rules: tuple[Rule, ...], mapping: Mapping[str, PlacementLike | None])
     added = build_rules({pattern: value for pattern, value in mapping.items() if value is not None})
     whole = build_rules({rule.pattern: rule.over(known.get(rule.pattern)) for rule in added})
     return (*(rule for rule in rules if rule.pattern not in mapping), *whole)
+
+
+def check_rollback(earlier: Sized) -> None:
+    """
+    Args:
+        earlier: versions that were in use.
+
+    Raises:
+        ConflictError: there are none.
+    """
+    if not earlier:
+        raise ConflictError("There is no earlier version to go back to.", remedy="Name one that is kept.")
+
+
+def check_undo(version_id: int, current_id: int, earlier: Sized) -> None:
+    """
+    Args:
+        version_id: the version to be taken back.
+        current_id: the one in use.
+        earlier: what was in use before.
+
+    Raises:
+        ConflictError: another version is in use, or there is nothing to go back to.
+    """
+    check_in_use(version_id, current_id, "Look at what has changed since, then undo that version.")
+    if not earlier:
+        raise ConflictError(
+            "No change of the weight mapping is left to undo.",
+            remedy=f"The last {MAX_UNDOS} changes can be taken back, one after the other.",
+        )
+
+
+def check_in_use(version_id: int, current_id: int, remedy: str) -> None:
+    """
+    Raises:
+        ConflictError: another version is in use meanwhile.
+    """
+    if version_id != current_id:
+        raise ConflictError(f"Weight version {version_id} is not in use any more: {current_id} is.", remedy=remedy)
 
 
 def reason_of(error: BaseException) -> str:

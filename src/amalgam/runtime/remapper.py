@@ -19,8 +19,16 @@ from amalgam.config.placement import Rule
 from amalgam.config.settings import Settings
 from amalgam.engine.core import Engine
 from amalgam.engine.memory import available_bytes
-from amalgam.errors import ConflictError, OutOfMemoryError, VersionNotFoundError
-from amalgam.runtime.changes import ChangeRequest, RemapLog, RemapResult
+from amalgam.errors import OutOfMemoryError, VersionNotFoundError
+from amalgam.runtime.changes import (
+    MAX_UNDOS,
+    ChangeRequest,
+    RemapLog,
+    RemapResult,
+    check_in_use,
+    check_rollback,
+    check_undo,
+)
 from amalgam.runtime.jobs import Job, Jobs, status_of_record
 from amalgam.runtime.preview import (
     ChangePlan,
@@ -38,7 +46,6 @@ from amalgam.runtime.yielding import Turns
 
 logger = logging.getLogger("amalgam.runtime")
 
-MAX_UNDOS = 64
 FREEING_SECONDS = 5.0  # that a change waits for the memory of versions that drain
 _LOOK_SECONDS = 0.2  # a change that waits is given up after at most that
 
@@ -95,26 +102,13 @@ class Remapper:
     def adopt(self, loaded: LoadedVersion, rules: tuple[Rule, ...], version_id: int) -> RemapResult:
         """See `Deployment.adopt`."""
         with self._change("adopt", "a version that was built beside the one in use") as served:
-            if version_id != served.version.version_id:
-                raise ConflictError(
-                    f"Weight version {version_id} is not in use any more: {served.version.version_id} is.",
-                    remedy="The change is given up.",
-                )
+            check_in_use(version_id, served.version.version_id, "The change is given up.")
             return self._go_live(ServedWeights(served.loader, loaded.version, rules), loaded, time.monotonic())
 
     def undo(self, version_id: int) -> RemapResult:
         """See `Deployment.undo_weight_mapping`."""
         with self._change("undo", f"back from version {version_id}") as served:
-            if version_id != served.version.version_id:
-                raise ConflictError(
-                    f"Weight version {version_id} is not in use any more: {served.version.version_id} is.",
-                    remedy="Look at what has changed since, then undo that version.",
-                )
-            if not self._earlier_rules:
-                raise ConflictError(
-                    "No change of the weight mapping is left to undo.",
-                    remedy=f"The last {MAX_UNDOS} changes since the start can be taken back, one after the other.",
-                )
+            check_undo(version_id, served.version.version_id, self._earlier_rules)
             result = self._make(ChangeRequest(rules=self._earlier_rules[-1]), served)
             with self._following:
                 if self._served.version_id == result.version:  # it has not failed at once
@@ -126,8 +120,7 @@ class Remapper:
         what = "the version before" if version is None else f"version {version}"
         with self._change("rollback", f"back to {what}") as served:
             if version is None:
-                if not self._earlier_versions:
-                    raise ConflictError("There is no earlier version to go back to.", remedy="Name one that is kept.")
+                check_rollback(self._earlier_versions)
                 result = self._make(ChangeRequest(version=self._earlier_versions[-1]), served)
                 with self._following:
                     if self._served.version_id == result.version:  # it has not failed at once
