@@ -2,7 +2,7 @@
 
 import pytest
 
-from amalgam.config.settings import StatisticsSettings
+from amalgam.config.statistics import StatisticsSettings
 from amalgam.engine.meter import Meter
 from amalgam.engine.request import FinishReason, Observation
 from amalgam.engine.scheduler import Scheduler

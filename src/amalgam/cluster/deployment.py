@@ -18,7 +18,7 @@ from typing import Any, NoReturn
 from amalgam.cluster.coordinator import Coordinator
 from amalgam.cluster.interface import Counted, Description
 from amalgam.cluster.members import Members
-from amalgam.cluster.merging import Ledger, added, merge_statuses
+from amalgam.cluster.merging import Ledger, added, highest, merge_statuses
 from amalgam.cluster.routing import Routing
 from amalgam.config.placement import PlacementLike, Rule
 from amalgam.config.settings import Settings
@@ -275,7 +275,8 @@ class ClusterStatistics:
         """(projection, format) → activations in all replicas, each since its start."""
         latest = self._members.all(self._members.ids(), "activations_by_format").results
         with self._lock:
-            self._by_format |= latest
+            for replica_id, told in latest.items():  # another caller may have heard of more meanwhile
+                self._by_format[replica_id] = highest(self._by_format.get(replica_id, {}), told)
             return added(self._by_format.values())
 
     def grid(

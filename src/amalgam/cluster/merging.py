@@ -126,6 +126,11 @@ def added(counts: Iterable[Mapping[T, int]]) -> dict[T, int]:
     return dict(found)
 
 
+def highest(one: Mapping[T, int], other: Mapping[T, int]) -> dict[T, int]:
+    """Each name with the larger of its counts, which only grow: what was told later."""
+    return {name: max(one.get(name, 0), other.get(name, 0)) for name in {**one, **other}}
+
+
 def _merge_points(series: Sequence[Sequence[Point]]) -> list[Point]:
     """Each replica's intervals begin when its own do; the merged ones begin at even multiples."""
     places: defaultdict[int, list[Point]] = defaultdict(list)
