@@ -81,7 +81,8 @@ inline int64_t first_visible(const AttentionArgs& args, int64_t position) {
     return args.window > 0 ? std::max(chunk, position - args.window + 1) : chunk;
 }
 
-// Some positions of one sequence × some KV heads × some keys. Rows are numbered [kv head, position, shared head].
+// Work for one thread: consecutive positions of a sequence, some KV heads, and a range of keys. Rows are numbered
+// [kv head, position, shared head].
 struct AttentionItem {
     const int32_t* block_ids;
     int64_t block_size;
@@ -92,7 +93,8 @@ struct AttentionItem {
     int64_t num_kv_heads;
     int64_t first_key;  // the keys that any of the rows sees, and that are this item's share of them
     int64_t end_key;
-    // Where a range's result goes instead of into `out`: [rows] maxima, [rows] totals, [rows, padded value dim].
+    // Null: the item has all keys and writes `out`. Otherwise its maxima [rows], totals [rows] and outputs [rows,
+    // padded value dim], which `merge` reads.
     float* partial;
 };
 

@@ -69,7 +69,7 @@ AMALGAM_INLINE void score_block(const ItemMemory& memory, Key key, int64_t row, 
                 sum[m] = A::multiply_add(sum[m], line[i], A::word(query + m * stride + step + i));
             }
         }
-        prefetcher.stop();
+        prefetcher.advance();
     }
 #pragma GCC unroll 8
     for (int m = 0; m < M; ++m) store_floats(scores + m * kTileKeys, sum[m]);
@@ -127,7 +127,7 @@ inline void add_columns(const ItemMemory& memory, const Tile& tile, int64_t bloc
 #pragma GCC unroll 4
                                     for (int n = 0; n < N; ++n) sum[m][n] = A::multiply_add(sum[m][n], line[n], word);
                                 }
-                                if (key % 8 == 0) prefetcher.stop();
+                                if (key % 8 == 0) prefetcher.advance();
                             }
                         });
     }

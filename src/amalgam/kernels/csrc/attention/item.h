@@ -119,10 +119,10 @@ class Attention {
             Prefetcher prefetcher;
             if (next_key < item_.end_key) {  // perhaps in the next range
                 locate(item_, next_key, *next);
-                prefetcher = fetch(args_, item_, *next, num_stops());
+                prefetcher = fetch(args_, item_, *next, num_advances());
             } else if (following != nullptr) {
                 locate(*following, following->first_key / kTileKeys * kTileKeys, *next);
-                prefetcher = fetch(args_, *following, *next, num_stops());
+                prefetcher = fetch(args_, *following, *next, num_advances());
             }
             for (int64_t head = 0; head < item_.num_kv_heads; ++head) attend_tile(*tile, head, prefetcher);
             if (next_key >= end_key) return;
@@ -131,7 +131,7 @@ class Attention {
     }
 
     // How often computing a tile comes by a prefetcher, about.
-    int64_t num_stops() const {
+    int64_t num_advances() const {
         const int64_t rows = memory_.head_rows;
         if constexpr (A::kUsesUnit) {
             const int64_t packing = kTileBlocks * unit_steps(memory_.key_steps) + kTileKeys / A::kElements;
@@ -147,7 +147,7 @@ class Attention {
     void fetch_start() const {
         Tile tile;
         locate(item_, item_.first_key / kTileKeys * kTileKeys, tile);
-        fetch(args_, item_, tile, 1).stop();
+        fetch(args_, item_, tile, 1).advance();
     }
 
     // --- One tile of keys, one KV head ---
@@ -195,13 +195,22 @@ class Attention {
     void attend_rows(const Tile& tile, int64_t row, int64_t local, Prefetcher& prefetcher) {
         const int64_t blocks = visible_blocks(tile, local + M - 1);
         if (blocks == 0) return;
-        multiply_blocks<A, M>(memory_.query_of(row), memory_.query_stride, memory_.keys, kTileKeys, memory_.key_steps,
-                              memory_.scores, kTileKeys, nullptr, blocks, prefetcher);
+        multiply_blocks<A, M>(scores_of(row), blocks, prefetcher);
         alignas(64) float factors[kLanes];
         softmax<A>(memory_, tile, FixedRows<M>{{}, row, blocks}, factors, prefetcher);
-        multiply_blocks<A, M>(memory_.weights, kTileKeys / A::kElements, memory_.values, memory_.value_dim,
-                              blocks * kLanes / A::kElements, memory_.output_of(row), memory_.value_dim, factors,
+        multiply_blocks<A, M>({{memory_.weights, kTileKeys / A::kElements},
+                               {memory_.values, memory_.value_dim},
+                               {memory_.output_of(row), memory_.value_dim},
+                               blocks * kLanes / A::kElements,
+                               factors},
                               memory_.value_dim / kLanes, prefetcher);
+    }
+
+    RowProduct scores_of(int64_t first_row) const {
+        return {{memory_.query_of(first_row), memory_.query_stride},
+                {memory_.keys, kTileKeys},
+                {memory_.scores, kTileKeys},
+                memory_.key_steps};
     }
 
     // The rows of one KV head on the matrix unit.
@@ -266,8 +275,7 @@ class Attention {
             if (count < M) return score_rows<M - 1>(tile, row, count, weights, out, stride);
         }
         Prefetcher prefetcher;
-        multiply_blocks<A, M>(memory_.query_of(row), memory_.query_stride, memory_.keys, kTileKeys, memory_.key_steps,
-                              memory_.scores, kTileKeys, nullptr, tile.num_blocks, prefetcher);
+        multiply_blocks<A, M>(scores_of(row), tile.num_blocks, prefetcher);
         add_scores(tile, row, M, weights, out, stride);
     }
 

@@ -33,7 +33,7 @@ struct ItemMemory {
     float *range_maximum, *range_total, *range_output;       // of the range under way
     float *merged_maximum, *merged_total, *merged_output;
     int64_t scratch_floats;  // all of it
-    float score_factor;      // makes powers of 2 of scores; of capped ones after the cap
+    float score_factor;      // scores times it are exponents of 2; with a cap, after the cap
 
     ItemMemory(const AttentionArgs& args, const AttentionItem& item, float* scratch, int64_t elements, bool uses_unit)
         : args(args), item(item), score_factor((args.softcap > 0.0f ? 1.0f : args.scale) * kLog2E) {

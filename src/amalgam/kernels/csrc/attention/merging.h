@@ -1,4 +1,4 @@
-// The results of an item's ranges of keys become one, and go where they are wanted.
+// Merges the partial results of an item's ranges of keys and writes its output.
 #pragma once
 
 #include <algorithm>

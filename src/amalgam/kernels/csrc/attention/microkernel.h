@@ -23,7 +23,6 @@
 namespace amalgam {
 namespace {
 
-constexpr int kLanes = 16;
 constexpr int kTileBlocks = static_cast<int>(kTileKeys) / kLanes;
 constexpr float kNegativeInfinity = -std::numeric_limits<float>::infinity();
 constexpr float kLog2E = 1.44269504088896341f;
@@ -56,7 +55,7 @@ struct FloatArithmetic {
 
 // 2^x for x <= 0 to about 1 unit in the last place, 0 below 2^-126; NaN stays; 2^0 is 1. Coefficients: Cephes exp2f.
 inline Floats exp2_lanes(Floats x) {
-    const Floats rounder = broadcast(12582912.0f);  // 1.5 * 2^23: the sum's last bits are the nearest integer
+    const Floats rounder = broadcast(kRounder);
     const Floats shifted = add(x, rounder);
     const Floats fraction = subtract(x, subtract(shifted, rounder));
     Floats result = broadcast(1.535336188319500e-4f);
@@ -82,28 +81,45 @@ inline float sum_lanes(const float* lanes) {
     return sum[0];
 }
 
-// c [M, N * 16] = c * factor + a b; without factors, c = a b. a: rows of words; b: lines, b_stride floats from step to
-// step.
+// Rows of floats, or of words of 32 bits, so many floats apart.
+template <class T>
+struct Rows {
+    T* data;
+    int64_t stride;
+};
+
+// results = words [rows, steps] × lines [steps, columns], added to results * factors [rows] where there are factors.
+struct RowProduct {
+    Rows<const float> words, lines;
+    Rows<float> results;
+    int64_t steps;
+    const float* factors = nullptr;
+};
+
+// M rows, N blocks of 16 columns from this one on.
 template <class A, int M, int N>
-inline void multiply(const float* a, int64_t a_stride, const float* b, int64_t b_stride, int64_t steps, float* c,
-                     int64_t c_stride, const float* factor) {
+inline void multiply(const RowProduct& x, int64_t block) {
+    const float *words = x.words.data, *lines = x.lines.data + block * kLanes, *factors = x.factors;
+    float* results = x.results.data + block * kLanes;
+    const int64_t word_stride = x.words.stride, line_stride = x.lines.stride, stride = x.results.stride;
+    const int64_t steps = x.steps;
     Floats sum[M][N];
 #pragma GCC unroll 8
     for (int m = 0; m < M; ++m) {
 #pragma GCC unroll 8
         for (int n = 0; n < N; ++n) {
-            sum[m][n] = factor == nullptr
+            sum[m][n] = factors == nullptr
                             ? zero_floats()
-                            : mul(load_floats(c + m * c_stride + n * kLanes), broadcast_float(factor + m));
+                            : mul(load_floats(results + m * stride + n * kLanes), broadcast_float(factors + m));
         }
     }
-    for (int64_t step = 0; step < steps; ++step, b += b_stride) {
+    for (int64_t step = 0; step < steps; ++step, lines += line_stride) {
         typename A::Line line[N];
 #pragma GCC unroll 8
-        for (int n = 0; n < N; ++n) line[n] = A::load(b + n * kLanes);
+        for (int n = 0; n < N; ++n) line[n] = A::load(lines + n * kLanes);
 #pragma GCC unroll 8
         for (int m = 0; m < M; ++m) {
-            const typename A::Word word = A::word(a + m * a_stride + step);
+            const typename A::Word word = A::word(words + m * word_stride + step);
 #pragma GCC unroll 8
             for (int n = 0; n < N; ++n) sum[m][n] = A::multiply_add(sum[m][n], line[n], word);
         }
@@ -111,23 +127,20 @@ inline void multiply(const float* a, int64_t a_stride, const float* b, int64_t b
 #pragma GCC unroll 8
     for (int m = 0; m < M; ++m) {
 #pragma GCC unroll 8
-        for (int n = 0; n < N; ++n) store_floats(c + m * c_stride + n * kLanes, sum[m][n]);
+        for (int n = 0; n < N; ++n) store_floats(results + m * stride + n * kLanes, sum[m][n]);
     }
 }
 
-// The same over any number of blocks of 16 columns. Few rows take more blocks at a time, to have enough sums in flight.
+// The same over any number of blocks. Few rows take more blocks at a time, to have enough sums in flight.
 template <class A, int M>
-inline void multiply_blocks(const float* a, int64_t a_stride, const float* b, int64_t b_stride, int64_t steps, float* c,
-                            int64_t c_stride, const float* factor, int64_t blocks, Prefetcher& prefetcher) {
+inline void multiply_blocks(const RowProduct& x, int64_t blocks, Prefetcher& prefetcher) {
     constexpr int kBlocks = std::max(1, std::min(4, kAccumulators / M));
     int64_t block = 0;
     for (; block + kBlocks <= blocks; block += kBlocks) {
-        multiply<A, M, kBlocks>(a, a_stride, b + block * kLanes, b_stride, steps, c + block * kLanes, c_stride, factor);
-        prefetcher.stop();
+        multiply<A, M, kBlocks>(x, block);
+        prefetcher.advance();
     }
-    for (; block < blocks; ++block) {
-        multiply<A, M, 1>(a, a_stride, b + block * kLanes, b_stride, steps, c + block * kLanes, c_stride, factor);
-    }
+    for (; block < blocks; ++block) multiply<A, M, 1>(x, block);
 }
 
 }  // namespace

@@ -74,9 +74,9 @@ inline void pack_keys(const ItemMemory& memory, const Tile& tile, int64_t head, 
                                                                    : static_cast<const void*>(copied[i]));
             }
             transpose(from, memory.keys + dim / A::kElements * kTileKeys + block * kLanes, kTileKeys);
-            if (A::kUsesUnit) prefetcher.stop();
+            if (A::kUsesUnit) prefetcher.advance();
         }
-        if (!A::kUsesUnit) prefetcher.stop();
+        if (!A::kUsesUnit) prefetcher.advance();
     }
 }
 
@@ -109,7 +109,7 @@ inline void pack_values(const ItemMemory& memory, const Tile& tile, int64_t head
             copy_row(first, dims, line, padded);
         }
         line += padded;
-        if (A::kUsesUnit || key % kLanes == 0) prefetcher.stop();
+        if (A::kUsesUnit || key % kLanes == 0) prefetcher.advance();
     }
     // A step of the unit takes two blocks.
     if (A::kUsesUnit && tile.num_blocks % 2 != 0) std::fill_n(line, kLanes / A::kElements * padded, 0.0f);

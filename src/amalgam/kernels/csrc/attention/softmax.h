@@ -26,15 +26,16 @@ inline void cap_scores(const ItemMemory& memory, float* scores, int64_t count) {
 template <class Count>
 struct SoftmaxRows {
     Count count;
-    int64_t first;      // of the item's rows
-    int64_t blocks;     // of 16 keys that any of them sees
-    int64_t place = 0;  // of the first one's scores and weights
+    int64_t first;      // among the item's rows
+    int64_t blocks;     // of 16 keys, up to the last that any of the rows sees
+    int64_t place = 0;  // of the first row in `scores` and `weights`
 };
 
 template <int M>
 using FixedRows = SoftmaxRows<std::integral_constant<int, M>>;
 
-// `factors` [kLanes]: what the rows' older results are to be multiplied with.
+// Turns scores into weights 2^(score - maximum) and brings each row's maximum and total up to date. factors[m]: what
+// the row's earlier output has to be multiplied by.
 template <class A, class Count>
 inline void softmax(const ItemMemory& memory, const Tile& tile, const SoftmaxRows<Count>& rows, float* factors,
                     Prefetcher& prefetcher) {
@@ -88,7 +89,7 @@ inline void softmax(const ItemMemory& memory, const Tile& tile, const SoftmaxRow
         store_floats(totals, total);
         // A step of the unit takes two blocks.
         if (A::kUsesUnit && rows.blocks % 2 != 0) std::fill_n(weights + keys / 2, kLanes / 2, 0.0f);
-        prefetcher.stop();
+        prefetcher.advance();
     }
 }
 

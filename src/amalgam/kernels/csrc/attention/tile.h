@@ -64,10 +64,10 @@ inline Prefetcher::Source source(const CacheView& cache, const AttentionItem& it
             cache.slot_stride * bytes, ((item.num_kv_heads - 1) * cache.head_stride + cache.dim) * bytes};
 }
 
-// Keys and values of a tile are fetched with so many stops.
-inline Prefetcher fetch(const AttentionArgs& args, const AttentionItem& item, const Tile& tile, int64_t num_stops) {
+// The keys and values of a tile, in as many calls of advance().
+inline Prefetcher fetch(const AttentionArgs& args, const AttentionItem& item, const Tile& tile, int64_t num_advances) {
     return Prefetcher(tile.slots, tile.num_blocks * kLanes, source(args.keys, item), source(args.values, item),
-                      num_stops);
+                      num_advances);
 }
 
 }  // namespace

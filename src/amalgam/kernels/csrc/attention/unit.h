@@ -35,12 +35,6 @@ class TakenUnit<true, Unit> {
 
 inline int64_t unit_steps(int64_t words) { return (words + kLanes - 1) / kLanes; }
 
-template <class T>
-struct Rows {
-    T* data;
-    int64_t stride;  // floats
-};
-
 struct UnitProduct {
     Rows<const float> words, lines;
     Rows<float> results;
@@ -81,7 +75,7 @@ inline void multiply_columns(const UnitProduct& x, int64_t blocks, Prefetcher& p
     int64_t block = 0;
     for (; block + 2 <= blocks; block += 2) {
         multiply_tiles<Unit, kAdds, kTiles, 2>(x, block);
-        prefetcher.stop();
+        prefetcher.advance();
     }
     if (block < blocks) multiply_tiles<Unit, kAdds, kTiles, 1>(x, block);
 }

@@ -21,10 +21,8 @@ inline CacheView cache_view(const char* name, const CacheTuple& tuple, int num_d
     const bool has_codes = (cache.kind() & (kInt8 | kFp8)) != 0;
     require(has_codes == static_cast<bool>(scales),
             std::string(name) + " is " + cache.describe() + (has_codes ? " without" : " with") + " scales");
-    float* data = nullptr;
-    if (scales)
-        data =
-            scales.dense("scales", kFloat32, {cache.shape(0), cache.shape(2) > 0 ? cache.shape(1) : 0}).data<float>();
+    const int64_t heads = cache.shape(2) > 0 ? cache.shape(1) : 0;
+    float* data = scales ? scales.dense("scales", kFloat32, {cache.shape(0), heads}).data<float>() : nullptr;
     return {cache.data(), cache.dtype(), cache.stride(0), cache.stride(1), cache.shape(2), data};
 }
 

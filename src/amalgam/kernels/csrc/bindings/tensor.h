@@ -1,8 +1,7 @@
 // Tensors as the extension's functions see them: read once, checked once, with errors that name the argument.
 //
 // They come through DLPack's C exchange interface (`__dlpack_c_exchange_api__`), which describes a tensor in place.
-// What
-// `__dlpack__` gives, and so nanobind's own `ndarray`, is an object of its own, which takes 40 times as long to make.
+// `__dlpack__`, and so nanobind's own `ndarray`, makes an object for each, which takes much longer.
 #pragma once
 
 #include <nanobind/nanobind.h>
@@ -239,7 +238,7 @@ class Tensor {
 
     nanobind::handle object_;
     bool is_tensor_ = false, has_memory_ = false;
-    nanobind::dlpack::dltensor view_;
+    nanobind::dlpack::dltensor view_{};
 };
 
 }  // namespace amalgam

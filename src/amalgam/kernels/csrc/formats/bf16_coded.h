@@ -25,7 +25,7 @@ struct CodedBf16 : LineFormat<CodedBf16, 12> {
     static constexpr const char* kName = "bf16_coded";
     static constexpr Operand kOperand = Operand::kBfloat16;
     static constexpr int64_t kDirectRows = kDirectCodedRows;
-    static constexpr bool kHasRest = true;
+    static constexpr bool kHasExceptions = true;
     static constexpr int kLinesPerStep = 3, kPartsPerStep = 2;
 
     // The tables of a window that begins after exponent `window`: entry c is of exponent window + c.
@@ -82,11 +82,11 @@ struct CodedBf16 : LineFormat<CodedBf16, 12> {
     }
 
     // sums[row][lane] += what a panel's exceptions add to `rows` rows of bfloat16 activations.
-    static void add_rest(const Matrix& w, int64_t panel, const Activations& x, int64_t first_row, int64_t rows,
-                         float (*sums)[kPanelRows]) {
+    static void add_exceptions(const Matrix& w, int64_t panel, const Activations& x, int64_t first_row, int64_t rows,
+                               float (*sums)[kPanelRows]) {
         const int32_t begin = w.exception_starts[panel], end = w.exception_starts[panel + 1];
         for (int64_t m = 0; m < rows; ++m) {
-            const int64_t row = x.index != nullptr ? x.index[first_row + m] : first_row + m;
+            const int64_t row = x.row(first_row + m);
             const auto* values = static_cast<const Bfloat16*>(x.values) + row * x.stride;
             for (int32_t i = begin; i < end; ++i) {
                 const Exception& exception = w.exceptions[i];

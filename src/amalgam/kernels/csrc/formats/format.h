@@ -44,7 +44,7 @@ struct LineFormat {
     static constexpr int kPart = 0, kPairBytes = 0;  // nested.h
     static constexpr float kScaleFactor = 1.0f;      // what loaded or expanded pairs lack; their scale makes up for it
     static constexpr int64_t kDirectRows = 0;        // most rows that multiply the lines as they are, unexpanded
-    static constexpr bool kHasRest = false;          // whether lines leave something out, which add_rest adds
+    static constexpr bool kHasExceptions = false;    // whether lines leave something out, which add_exceptions adds
     using Quads = void;                              // how four codes of all rows are read at a time (quads.h)
 
     // --- Packing ---

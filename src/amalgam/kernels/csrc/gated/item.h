@@ -30,7 +30,6 @@
 namespace amalgam {
 namespace {
 
-constexpr int kLanes = 16;
 constexpr int64_t kBlockTokens = 32;  // whose keys and queries are kept beside a slice
 constexpr int kSliceBlocks = 2;
 constexpr int64_t kSliceColumns = kSliceBlocks * kLanes;

@@ -13,6 +13,11 @@ namespace amalgam {
 // external linkage the linker would keep one copy for all, and AVX-512 code could run on a machine without it.
 namespace {
 
+constexpr int kLanes = 16;  // of 32 bits: a register's, of every instruction set
+
+// 1.5 * 2^23. Added to a smaller magnitude than 2^22, it leaves the nearest integer in the last bits of the sum.
+constexpr float kRounder = 12582912.0f;
+
 struct Bfloat16 {
     uint16_t bits;
 };
@@ -118,7 +123,7 @@ inline void narrow(float value, Float16* out) { out->bits = float16_bits(value);
 // The nearest code, ties to even, of a value within the largest one. Sums round to integers, and to multiples of 2^-9,
 // which subnormal codes are.
 inline void narrow(float value, Int8Code* out) {
-    out->value = static_cast<int8_t>(as_bits(value + 12582912.0f) - as_bits(12582912.0f));
+    out->value = static_cast<int8_t>(as_bits(value + kRounder) - as_bits(kRounder));
 }
 
 inline void narrow(float value, Fp8Code* out) {

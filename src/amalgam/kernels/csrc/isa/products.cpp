@@ -3,6 +3,7 @@
 #include "product/activations.h"
 #include "product/norms.h"
 #include "product/product.h"
+#include "product/unit_rounds.h"
 
 namespace amalgam {
 

@@ -33,8 +33,6 @@ inline void quantize_chunk(const float* x, int64_t count, int8_t* values, float*
     const bool is_zero = largest < 1e-30f;  // its inverse would overflow
     const float inverse = is_zero ? 0.0f : 127.0f / largest;
     *scale = is_zero ? 0.0f : largest / 127.0f;
-    // Adding 1.5 * 2^23 rounds to an integer in the lowest bits of the sum.
-    constexpr float kRounder = 12582912.0f;
     int32_t total = 0;
     for (int64_t i = 0; i < count; ++i) {
         const int8_t value = static_cast<int8_t>(as_bits(x[i] * inverse + kRounder) - as_bits(kRounder));

@@ -13,7 +13,6 @@ namespace {
 inline float exponential(float argument) {
     float x = argument > 88.0f ? 88.0f : argument;
     x = x < -87.0f ? -87.0f : x;
-    constexpr float kRounder = 12582912.0f;
     const float shifted = x * 1.44269504088896341f + kRounder;
     const float power = shifted - kRounder;
     const float r = (x - power * 0.693359375f) - power * -2.12194440e-4f;
@@ -35,9 +34,9 @@ inline float soft_cap(float x, float cap) { return cap - 2.0f * cap / (1.0f + ex
 // whose first omitted term is below 10^-17.
 inline double exponential_below_0(double argument) {
     const double x = argument < -708.0 ? -708.0 : argument;
-    constexpr double kRounder = 6755399441055744.0;  // 1.5 * 2^52: the sum's last bits are the nearest integer
-    const double shifted = x * 1.4426950408889634 + kRounder;
-    const double power = shifted - kRounder;
+    constexpr double kDoubleRounder = 6755399441055744.0;  // 1.5 * 2^52, as kRounder
+    const double shifted = x * 1.4426950408889634 + kDoubleRounder;
+    const double power = shifted - kDoubleRounder;
     const double r = (x - power * 6.93145751953125e-1) - power * 1.42860682030941723212e-6;
     double p = 1.0 / 6227020800.0;
     p = p * r + 1.0 / 479001600.0;
@@ -53,7 +52,7 @@ inline double exponential_below_0(double argument) {
     p = p * r + 0.5;
     p = p * r + 1.0;
     p = p * r + 1.0;
-    const double result = p * as_double((as_bits(shifted) - as_bits(kRounder) + 1023) << 52);
+    const double result = p * as_double((as_bits(shifted) - as_bits(kDoubleRounder) + 1023) << 52);
     return argument < -708.0 ? 0.0 : result;
 }
 

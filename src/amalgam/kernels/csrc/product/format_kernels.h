@@ -13,8 +13,8 @@ namespace amalgam {
 inline namespace AMALGAM_ISA {
 
 // Where a format puts the chunks of a run that products with several panels at once and matrix units read
-// (formats/wide_lines.h).
-struct WideLines {
+// (formats/byte_lines.h).
+struct ByteLines {
     uint8_t* bytes;                   // lines
     float (*factors)[2][kPanelRows];  // of each chunk, as GroupFactors has them
     // Of formats with parts:
@@ -30,11 +30,11 @@ struct FormatKernels {
     int64_t direct_rows, tile_rows;
     void (*expand_floats)(const Matrix&, int64_t panel, int64_t first, int64_t end, float* out);
     void (*expand_pairs)(const Matrix&, int64_t panel, int64_t first, int64_t end, uint8_t* out);
-    void (*add_rest)(const Matrix&, int64_t panel, const Activations&, int64_t first_row, int64_t rows,
-                     float (*sums)[kPanelRows]);            // or null
-    const uint8_t* (*widen)(const Run&, const WideLines&);  // returns the lines of bytes; or null
-    int32_t byte_zero;                                      // what the bytes are too large by, without parts
-    TileFunction tiles[kMaxTileRows];                       // by number of rows, from 1 on
+    void (*add_exceptions)(const Matrix&, int64_t panel, const Activations&, int64_t first_row, int64_t rows,
+                           float (*sums)[kPanelRows]);             // or null
+    const uint8_t* (*expand_bytes)(const Run&, const ByteLines&);  // returns the lines of bytes; or null
+    int32_t byte_zero;                                             // what the bytes are too large by, without parts
+    TileFunction tiles[kMaxTileRows];                              // by number of rows, from 1 on
 };
 
 constexpr int kFormatParts = 3;  // CMakeLists.txt has as many

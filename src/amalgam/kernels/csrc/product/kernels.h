@@ -24,6 +24,8 @@ struct Activations {
     int64_t padded_columns = 0;
     int64_t part = 0;                    // kInt8: inputs of a part whose sum is wanted, too; 0: none
     const int16_t* part_sums = nullptr;  // [rows, parts]
+
+    int64_t row(int64_t local) const { return index != nullptr ? index[local] : local; }  // of `values`
 };
 
 // Rows → Activations. `index` and `order` gather: destination row r and packed input p read x[index[r], order[p]].

@@ -5,8 +5,7 @@
 // across lanes. What a lane of a line holds, the header of the format says (formats/).
 //
 // Inputs are padded to a multiple of what a format packs together, where activations are zero, and rows to a multiple
-// of
-// 16. Scales, zero points and offsets stand apart as [panels, groups, 16], scales in their stored type;
+// of 16. Scales, zero points and offsets stand apart as [panels, groups, 16], scales in their stored type;
 // [panels, groups, 1] where the rows of every panel share theirs. Where groups are cut into parts that have integer
 // scales of their own, those are pairs of parts: [panels, pairs, bytes of a pair] (formats/nested.h). Lines and all of
 // these lie one after the other, each from a 64-byte boundary on.

@@ -13,8 +13,6 @@
 namespace amalgam {
 namespace {
 
-constexpr int kLanes = 16;
-
 // The sum over a row of function(value), in an order that depends on its size only.
 template <class X, class Function>
 float sum_over(const X* x, int64_t size, Function&& function) {

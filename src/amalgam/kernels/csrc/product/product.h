@@ -37,7 +37,7 @@ inline TileRows tile_rows(const Activations& x, int64_t first_row, int64_t rows,
                           int64_t inputs_per_chunk) {
     TileRows tile;
     for (int64_t m = 0; m < rows; ++m) {
-        const int64_t row = x.index != nullptr ? x.index[first_row + m] : first_row + m;
+        const int64_t row = x.row(first_row + m);
         const int64_t at = (row * x.stride + chunk * inputs_per_chunk) * operand_bytes(x.kind);
         tile.values[m] = static_cast<const uint8_t*>(x.values) + at;
         if (x.kind == Operand::kInt8) {
@@ -49,7 +49,7 @@ inline TileRows tile_rows(const Activations& x, int64_t first_row, int64_t rows,
     return tile;
 }
 
-// sums.row[r] = x[first_row + r] · panel, for at most kMaxRows rows, but for what the format leaves to add_rest.
+// sums.row[r] = x[first_row + r] · panel, for at most kMaxRows rows, but for what the format leaves to add_exceptions.
 void panel_product(const Matrix& w, const Activations& x, int64_t first_row, int64_t rows, int64_t panel, Sums& sums) {
     alignas(64) uint8_t piece[kPieceBytes];
     const FormatKernels& format = kernels_of(w.format);
@@ -142,7 +142,7 @@ inline void for_products(const ProductArgs& args, int64_t first_row, int64_t end
                          int64_t end_panel, Function&& function) {
     const Matrix& w = *args.weight;
     const FormatKernels& format = kernels_of(w.format);
-    const bool has_rest = format.add_rest != nullptr && args.x.kind == format.operand;
+    const bool has_exceptions = format.add_exceptions != nullptr && args.x.kind == format.operand;
     Sums sums[kPanelsAtOnce];
     for (int64_t row = first_row; row < end_row; row += kMaxRows) {
         const int64_t rows = std::min<int64_t>(kMaxRows, end_row - row);
@@ -156,7 +156,7 @@ inline void for_products(const ProductArgs& args, int64_t first_row, int64_t end
             if (is_wide) wide.multiply(panel, sums);
             for (int i = 0; i < count; ++i) {
                 if (!unit.is_used() && !is_wide) panel_product(w, args.x, row, rows, panel + i, sums[i]);
-                if (has_rest) format.add_rest(w, panel + i, args.x, row, rows, sums[i].row);
+                if (has_exceptions) format.add_exceptions(w, panel + i, args.x, row, rows, sums[i].row);
                 add_bias(args.bias, panel + i, panel_width(w, panel + i), rows, sums[i]);
                 function(row, rows, panel + i, sums[i]);
             }

@@ -26,7 +26,7 @@ struct RowFactors {
         if (w.part == 0 && w.offset != nullptr) offset.resize(scale.size());
         for (size_t chunk = 0, to = 0; chunk < static_cast<size_t>(num_chunks); ++chunk) {
             for (int64_t m = first_row; m < first_row + rows; ++m, ++to) {
-                const int64_t from = (x.index != nullptr ? x.index[m] : m) * num_chunks + static_cast<int64_t>(chunk);
+                const int64_t from = x.row(m) * num_chunks + static_cast<int64_t>(chunk);
                 scale[to] = x.scale[from];
                 const int32_t sum = x.sum[from];
                 if (!first.empty()) first[to] = -sum * (w.zero != nullptr ? 1 : zero);

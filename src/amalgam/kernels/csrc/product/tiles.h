@@ -5,8 +5,8 @@
 // products are exact.
 #pragma once
 
+#include "formats/byte_lines.h"
 #include "formats/table.h"
-#include "formats/wide_lines.h"
 #include "product/codes_tile.h"
 #include "product/format_kernels.h"
 #include "product/kernels.h"
@@ -219,8 +219,8 @@ constexpr FormatKernels format_kernels() {
     FormatKernels kernels{F::kOperand, F::kBytesPerInput, F::kScaleFactor, F::kDirectRows, kRows, F::expand_floats,
                           nullptr,     nullptr,           nullptr,         kByteZero<F>,   {}};
     if constexpr (F::kBits < 16) kernels.expand_pairs = F::expand_pairs;
-    if constexpr (F::kHasRest) kernels.add_rest = F::add_rest;
-    if constexpr (kIsWidened<F>) kernels.widen = widen<F>;
+    if constexpr (F::kHasExceptions) kernels.add_exceptions = F::add_exceptions;
+    if constexpr (kHasByteLines<F>) kernels.expand_bytes = expand_bytes<F>;
     if constexpr (F::kDirectRows > 0) add_tiles<F, kRows>(kernels);
     return kernels;
 }

@@ -9,7 +9,7 @@
 //
 // Where parts have scales of their own, it is two panels: the sums of parts need as many registers again.
 //
-// A tile knows no format: the format widens a piece of each panel (formats/wide_lines.h). Order of accumulation: that
+// A tile knows no format: the format widens a piece of each panel (formats/byte_lines.h). Order of accumulation: that
 // of tiles.h and codes_tile.h, and so the same bits.
 #pragma once
 
@@ -49,7 +49,7 @@ struct WidePiece {
 
     void make(const FormatKernels& format) {
         for (int p = 0; p < kPanels; ++p) {
-            lines[p] = format.widen(run[p], {bytes[p], factors[p], part_first[p], part_scales[p], minima[p]});
+            lines[p] = format.expand_bytes(run[p], {bytes[p], factors[p], part_first[p], part_scales[p], minima[p]});
         }
     }
 };
@@ -63,11 +63,12 @@ class WideRows {
 
     WideRows(const Matrix& w, const Activations& x, int64_t first_row, int64_t rows, int32_t zero)
         : factors(w, x, first_row, rows, zero) {
-        const auto row_of = [&](int64_t m) { return x.index != nullptr ? x.index[first_row + m] : first_row + m; };
-        for (int64_t m = 0; m < rows; ++m) values[m] = static_cast<const uint8_t*>(x.values) + row_of(m) * x.stride;
+        for (int64_t m = 0; m < rows; ++m) {
+            values[m] = static_cast<const uint8_t*>(x.values) + x.row(first_row + m) * x.stride;
+        }
         if (w.part == 0) return;
         make_unsigned(x);
-        if (w.offset != nullptr) copy_pairs(x, row_of);
+        if (w.offset != nullptr) copy_pairs(x, first_row);
     }
 
     int64_t rows() const { return factors.rows; }
@@ -79,7 +80,7 @@ class WideRows {
 
     // Values get 128 added, so that they are the unsigned operand, and codes the signed one.
     void make_unsigned(const Activations& x) {
-        const int64_t stride = x.padded_columns + kLineBytes;  // or rows would fall on the same lines of the cache
+        const int64_t stride = x.padded_columns + kLineBytes;  // or rows would fall into the same sets of the cache
         static thread_local std::vector<uint8_t> kept;
         if (kept.size() < static_cast<size_t>(rows() * stride)) kept.resize(static_cast<size_t>(rows() * stride));
         uint8_t* to = kept.data();
@@ -89,12 +90,11 @@ class WideRows {
         }
     }
 
-    template <class RowOf>
-    void copy_pairs(const Activations& x, const RowOf& row_of) {
+    void copy_pairs(const Activations& x, int64_t first_row) {
         const int64_t num_pairs = x.padded_columns / x.part / 2;
         pairs.resize(static_cast<size_t>(num_pairs * rows()));
         for (int64_t m = 0; m < rows(); ++m) {
-            const int16_t* sums = x.part_sums + row_of(m) * num_pairs * 2;
+            const int16_t* sums = x.part_sums + x.row(first_row + m) * num_pairs * 2;
             for (int64_t i = 0; i < num_pairs; ++i, sums += 2) {
                 std::memcpy(pairs.data() + i * rows() + m, sums, sizeof pairs[0]);
             }
@@ -214,9 +214,9 @@ void multiply_wide(const WidePiece<kPanels>& piece, const WideRows& x, int64_t f
     }
 }
 
-// The same where parts of kPart inputs have integer scales. No sum begins anew with a part: with s the scales of a
-// chunk's parts and S what their products add up to, one part after the other, the sum of s[i] (S[i] - S[i - 1]) is
-// that of (s[i] - s[i + 1]) S[i]. These differences are what part_scales holds. Modulo 2^32, and so exact.
+// The same where parts of kPart inputs have integer scales s[i]. One running sum S goes over all parts of a chunk. By
+// summation by parts, the sum of s[i] (S[i] - S[i - 1]) is that of (s[i] - s[i + 1]) S[i], with a zero behind the last
+// scale, so that no accumulator is cleared. part_scales holds these differences. Exact modulo 2^32.
 template <int M, int kPanels, int kPart, bool kHasMinima>
 void multiply_wide_parts(const WidePiece<kPanels>& piece, const WideRows& x, int64_t first_row,
                          WideAhead<kPanels>& ahead, Sums* totals) {
@@ -326,7 +326,7 @@ class WideBlock {
  public:
     WideBlock(const Matrix& w, const Activations& x, int64_t first_row, int64_t rows, bool is_wanted) : w_(w) {
         const FormatKernels& format = kernels_of(w.format);
-        if (!is_wanted || x.kind != Operand::kInt8 || format.widen == nullptr) return;
+        if (!is_wanted || x.kind != Operand::kInt8 || format.expand_bytes == nullptr) return;
         if (rows < (w.part > 0 ? kMinWidePartsRows : kMinWideRows)) return;
         constexpr int kHalf = kPanels / 2;
         const bool has_minima = w.offset != nullptr;
@@ -343,7 +343,7 @@ class WideBlock {
 
     // Of a weight with operands in int8, if there are rows enough.
     static int panels_of(const Matrix& w) {
-        if (kernels_of(w.format).widen == nullptr) return 1;
+        if (kernels_of(w.format).expand_bytes == nullptr) return 1;
         return w.part > 0 ? kPanels / 2 : kPanels;
     }
     int panels() const { return panels_; }  // 1: this block is not multiplied here

@@ -63,9 +63,10 @@ class Pool {
         const int most = most_ > 0 ? most_.load() : num_processors_;
         const auto team = static_cast<int>(std::min<int64_t>({num_items, num_threads, most, kMaxThreads}));
         if (team > 1 && num_items / team < kMostTaken && !is_busy_.exchange(true, std::memory_order_acquire)) {
-            const std::exception_ptr error = share(num_items, 1 + start_workers(team - 1), task, context);
-            is_busy_.store(false, std::memory_order_release);
-            if (error) std::rethrow_exception(error);
+            const Busy busy{is_busy_};
+            if (const auto error = share(num_items, 1 + start_workers(team - 1), task, context)) {
+                std::rethrow_exception(error);
+            }
         } else {
             for (int64_t item = 0; item < num_items; ++item) task(context, item);
         }
@@ -108,6 +109,12 @@ class Pool {
         ThreadId thread = 0;
     };
 
+    // Whoever has set the flag holds the pool.
+    struct Busy {
+        std::atomic<bool>& flag;
+        ~Busy() { flag.store(false, std::memory_order_release); }
+    };
+
     // Returns the first error of a task.
     std::exception_ptr share(int64_t num_items, int team, PoolTask task, void* context) {
         task_ = task;
@@ -125,13 +132,13 @@ class Pool {
         return std::exchange(error_, nullptr);
     }
 
-    // Returns how many there are, `count` unless the system has no more.
+    // Returns how many there are, `count` unless the system has no more threads or no more memory for them.
     int start_workers(int count) {
         if (num_workers_ >= count) return count;
         std::lock_guard<std::mutex> lock(workers_mutex_);
         try {
             while (num_workers_ < count) start_worker(num_workers_ + 1);
-        } catch (const std::system_error&) {
+        } catch (const std::exception&) {  // fewer do the job
         }
         return num_workers_;
     }

@@ -10,7 +10,7 @@
 namespace amalgam {
 namespace {
 
-// Software prefetch of the next tile into L2 while this one is computed, a few cache lines at each stop: a core has few
+// Software prefetch of the next tile into L2 while this one is computed, a few cache lines at each call: a core has few
 // fill buffers and stalls when all are taken. Not into L1, which is full of the current tile.
 class Prefetcher {
  public:
@@ -23,16 +23,16 @@ class Prefetcher {
     };
 
     Prefetcher() = default;  // fetches nothing
-    Prefetcher(const int64_t* slots, int64_t num_keys, const Source& keys, const Source& values, int64_t num_stops)
+    Prefetcher(const int64_t* slots, int64_t num_keys, const Source& keys, const Source& values, int64_t num_advances)
         : slots_(slots),
           num_keys_(num_keys),
           source_(keys),
           values_(values),
           num_pieces_(num_keys * (keys.pieces() + values.pieces())),
-          num_stops_(num_stops) {}
+          num_advances_(num_advances) {}
 
-    void stop() {
-        for (credit_ += num_pieces_; credit_ >= num_stops_ && slots_ != nullptr; credit_ -= num_stops_) fetch();
+    void advance() {
+        for (credit_ += num_pieces_; credit_ >= num_advances_ && slots_ != nullptr; credit_ -= num_advances_) fetch();
     }
 
  private:
@@ -58,7 +58,7 @@ class Prefetcher {
     int64_t num_keys_ = 0;
     Source source_, values_;
     bool is_at_values_ = false;
-    int64_t num_pieces_ = 0, num_stops_ = 1;
+    int64_t num_pieces_ = 0, num_advances_ = 1;
     int64_t credit_ = 0, key_ = 0, at_ = 0;
 };
 

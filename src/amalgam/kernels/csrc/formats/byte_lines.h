@@ -13,7 +13,7 @@ namespace amalgam {
 namespace {
 
 template <class F>
-constexpr bool kIsWidened =
+constexpr bool kHasByteLines =
     F::kOperand == Operand::kInt8 && (kWidePanels > 1 || (MatrixUnit<>::kExists && F::kPart == 0));
 
 // What is subtracted from codes as unsigned bytes. A table's values have kInt8Bias added, as such bytes always 128.
@@ -22,7 +22,7 @@ constexpr int kByteZero = F::kIsTable ? 128 : F::kZero;
 
 // Codes as unsigned bytes, which is what lines of int8 are.
 template <class F>
-const uint8_t* widen_lines(const Run& run, int64_t inputs, uint8_t* out) {
+const uint8_t* expand_codes(const Run& run, int64_t inputs, uint8_t* out) {
     if constexpr (F::kBits == 8) {
         return run.lines;
     } else {
@@ -45,7 +45,7 @@ const uint8_t* widen_lines(const Run& run, int64_t inputs, uint8_t* out) {
 // Codes less F::kZero as signed bytes, whose activations have 128 added, and for each chunk what is too much for that;
 // each part's scale less the next one's of the same chunk, for which wide.h has the reason; minima as they are.
 template <class F>
-void widen_parts(const Run& run, int64_t inputs, const WideLines& to) {
+void expand_parts(const Run& run, int64_t inputs, const ByteLines& to) {
     using Lines = typename F::Lines;
     constexpr int kQuads = F::kPart / 4, kPairLines = 2 * F::kPart * Lines::kLines / Lines::kStep;
     constexpr int kPairs = kChunk / F::kPart / 2;
@@ -84,7 +84,7 @@ void widen_parts(const Run& run, int64_t inputs, const WideLines& to) {
 
 // The chunks of a run, at most as many as there is room for.
 template <class F>
-const uint8_t* widen(const Run& run, const WideLines& to) {
+const uint8_t* expand_bytes(const Run& run, const ByteLines& to) {
     GroupCursor cursor(run);
     GroupFactors factors = load_factors<F>(run, cursor.group);
     for (int64_t local = 0; local < run.end_chunk - run.first_chunk; ++local) {
@@ -94,10 +94,10 @@ const uint8_t* widen(const Run& run, const WideLines& to) {
     }
     const int64_t inputs = std::min(run.end_chunk * run.chunk, run.padded_columns) - run.first_chunk * run.chunk;
     if constexpr (F::kPart > 0) {
-        widen_parts<F>(run, inputs, to);
+        expand_parts<F>(run, inputs, to);
         return to.bytes;
     } else {
-        return widen_lines<F>(run, inputs, to.bytes);
+        return expand_codes<F>(run, inputs, to.bytes);
     }
 }
 
