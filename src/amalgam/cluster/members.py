@@ -140,7 +140,7 @@ def _result(replica_id: str, call: Future[Any]) -> Any:
 def _patience(deadline: float | None, poll_seconds: float | None) -> float | None:
     """How long to wait for replicas before looking at anything else; None: until all have answered."""
     left = None if deadline is None else max(0.0, deadline - time.monotonic())
-    return min((wait for wait in (left, poll_seconds) if wait is not None), default=None)
+    return min((limit for limit in (left, poll_seconds) if limit is not None), default=None)
 
 
 _POLL_SECONDS = 0.1
