@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -88,6 +89,38 @@ def test_a_plan_is_made_proven_and_written(
     assert code == 0, err
     measured = json.loads(printed)
     assert len(measured["weights"]) == 104 and set(measured["ranks"]) == {"rounding", "kurtosis", "spectrum"}
+
+
+@pytest.mark.parametrize(
+    ("options", "measured"),
+    [
+        (["--budget", "4.2bpw"], {"uniform plan", "hand recipe"}),
+        (["--budget", "3.3bpw"], {"uniform plan"}),
+        (["--budget", "3.9bpw", "--floor", "model.layers.0.*=int4"], set()),
+    ],
+)
+def test_the_verdict_names_the_rivals_that_were_measured(
+    capsys: pytest.CaptureFixture[str],
+    config: Path,
+    text: Path,
+    cache: Path,
+    tmp_path: Path,
+    options: list[str],
+    measured: set[str],
+) -> None:
+    """A budget may have no room for a hand recipe, and one with floors none for a uniform plan either."""
+    out = tmp_path / "plan.yaml"
+    shared = ["--config", str(config), "--text", str(text), "--cache", str(cache), "--checks", "0"]
+    code, printed, err = run(capsys, "plan", *shared, *options, "--out", str(out))
+    assert code == 0, err
+    verdict = next(line for line in printed.splitlines() if line.startswith(("Accepted", "Not accepted", "Returned")))
+    both = ("uniform plan", "hand recipe")
+    assert {rival for rival in both if f"the best {rival}" in verdict} == measured
+    assert {rival for rival in both if f"No {rival} of these sources" in err} == set(both) - measured
+    assert verdict.startswith("Returned without proof") == (not measured)
+    head = [line for line in out.read_text().splitlines() if line.startswith("#")]
+    compared = [line.partition("the plan's is ")[2] for line in head if "the plan's is " in line]
+    assert compared and all(re.fullmatch(r"\d+\.\d% (below|above) it\.", said) for said in compared), compared
 
 
 def test_a_budget_of_speed_is_kept_by_the_cost_model_and_timed(

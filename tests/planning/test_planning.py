@@ -24,9 +24,9 @@ from amalgam.planning.budget import parse_budget
 from amalgam.planning.corrections import corrected
 from amalgam.planning.knapsack import solve
 from amalgam.planning.losses import costs, losses
-from amalgam.planning.planner import Planner
+from amalgam.planning.planner import RANDOM, Planner
 from amalgam.planning.problem import Problem, problem_of
-from amalgam.planning.proof import HAND, UNIFORM, Scale
+from amalgam.planning.proof import HAND, UNIFORM, Scale, deciding_of, judge
 from amalgam.planning.recipes import cost_of, hand_recipes, random_plan, uniforms, usage_only
 from amalgam.planning.scores import scores
 from amalgam.planning.sensitivity import Sensitivities, SensitivityStudy, WeightErrors
@@ -258,6 +258,13 @@ def test_a_plan_that_is_no_better_is_not_returned(
     found = planner.plan(parse_budget("4.5bpw"))
     assert not found.verdict.is_accepted and found.verdict.chosen != "plan"
     assert found.verdict.divergence.value < scale.divergence("plan", list(found.solution.choice)).value
+
+
+def test_a_plan_without_rivals_that_decide_is_the_one_there_is(planner: Planner, scale: Scale) -> None:
+    choice = [int(index) for index in planner.plan(parse_budget("4.5bpw")).solution.choice]
+    verdict = judge(scale, choice, {UNIFORM: {}, HAND: {}, RANDOM: {"random": choice}})
+    assert verdict.is_accepted and verdict.choice == tuple(choice)
+    assert deciding_of(verdict.rivals) == [] and [rival.kind for rival in verdict.rivals] == [RANDOM]
 
 
 def test_budgets_of_bytes_count_everything(planner: Planner, problem: Problem) -> None:

@@ -94,15 +94,7 @@ def _show(report: PlanReport) -> None:
     if report.tokens_per_second is not None:
         expected, measured = report.tokens_per_second
         say(f"One sequence: {expected:.1f} tok/s expected, {measured:.1f} measured.")
-    if report.is_accepted:
-        say(
-            "Accepted: its divergence is below those of the best uniform plan and the hand recipe, with 95% confidence."
-        )
-    else:
-        say(
-            "Not accepted: its divergence is not below those of the best uniform plan and the hand recipe with 95% "
-            f"confidence. Returned is the better of them: {report.chosen}."
-        )
+    say(_verdict(report))
     if report.checks:
         checks = sorted(report.checks, key=lambda check: -check.measured)[:_MAX_CHECKS]
         cells = [
@@ -117,6 +109,23 @@ def _show(report: PlanReport) -> None:
         ]
         columns = ("part", "layers", "expected", "measured", "factor")
         print_table(columns, cells, "Sensitivities checked: what taking a group back to base removes")
+
+
+def _verdict(report: PlanReport) -> str:
+    """What the proof says, of the rivals that were measured."""
+    from amalgam.planning.proof import DECIDING, deciding_of
+
+    deciding = deciding_of(report.rivals)
+    if not deciding:
+        return "Returned without proof: there is no uniform plan and no hand recipe that it would have to beat."
+    beaten = " and ".join(f"that of the best {DECIDING[rival.kind]}" for rival in deciding)
+    if report.is_accepted:
+        return f"Accepted: its divergence is below {beaten}, with 95% confidence."
+    returned = "the better of them" if len(deciding) > 1 else "that one"
+    return (
+        f"Not accepted: its divergence is not below {beaten} with 95% confidence. "
+        f"Returned is {returned}: {report.chosen}."
+    )
 
 
 def _show_shares(report: PlanReport) -> None:

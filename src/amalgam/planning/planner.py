@@ -175,11 +175,15 @@ class Planner:
         placement = place(found, self.devices.places(), self.devices.groups, slack=self.slack)
         return placement.as_solution(cost.values), placement
 
+    @property
+    def _has_choice(self) -> bool:
+        return any(len(item.options) > 1 for item in self.problem.items)
+
     def _fitting(
         self, rivals: Mapping[str, Mapping[str, list[int]]], budget: Budget
     ) -> Mapping[str, Mapping[str, list[int]]]:
         """Those that the devices can hold; none where no weight has a choice of sources."""
-        if not any(len(item.options) > 1 for item in self.problem.items):
+        if not self._has_choice:
             return {}
         if not budget.devices:
             return rivals
@@ -209,7 +213,11 @@ class Planner:
     def _remarks(self, verdict: Verdict) -> list[str]:
         found = [self.use.remark()]
         kinds = {rival.kind for rival in verdict.rivals}
-        found += [f"No {kind} plan of these sources is within the budget." for kind in DECIDING if kind not in kinds]
+        if self._has_choice:
+            missing = [called for kind, called in DECIDING.items() if kind not in kinds]
+            found += [f"No {called} of these sources is within the budget." for called in missing]
+        else:
+            found.append("No weight has a choice of sources: there is no other plan to compare with.")
         unreached = [
             item.name
             for item in self.problem.items

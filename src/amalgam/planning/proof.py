@@ -5,7 +5,7 @@ In: choices, a reference on held-out texts. Out: a `Verdict`. Must never know: h
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from amalgam.composition.planned import PlannedWeight
@@ -114,8 +114,9 @@ class Rival:
 @dataclass(frozen=True)
 class Verdict:
     """Attributes:
-    is_accepted: the plan's divergence is below the best uniform plan's and the hand recipe's, with confidence.
-    chosen: `plan`, or the name of the better one of those, which is returned then.
+    is_accepted: the plan's divergence is below that of each rival that decides, with confidence; where none does, it
+        is the only plan there is to return.
+    chosen: `plan`, or the name of the best rival that decides, which is returned then.
     """
 
     is_accepted: bool
@@ -140,7 +141,7 @@ def judge(scale: Scale, plan: Sequence[int], rivals: Mapping[str, Mapping[str, S
         best = min(measured, key=lambda name: measured[name].value)
         choice = tuple(choices[best])
         found.append(Rival(best, kind, choice, measured[best], scale.difference(plan, choice)))
-    deciding = [rival for rival in found if rival.kind in DECIDING]
+    deciding = deciding_of(found)
     is_accepted = all(rival.difference.is_below_zero for rival in deciding)
     if is_accepted:
         return Verdict(True, "plan", tuple(plan), divergence, tuple(found))
@@ -148,5 +149,10 @@ def judge(scale: Scale, plan: Sequence[int], rivals: Mapping[str, Mapping[str, S
     return Verdict(False, best_rival.name, best_rival.choice, best_rival.divergence, tuple(found))
 
 
+def deciding_of(rivals: Iterable[Rival]) -> list[Rival]:
+    """Those that a plan has to beat; none where the budget has room for no such rival."""
+    return [rival for rival in rivals if rival.kind in DECIDING]
+
+
 UNIFORM, HAND = "uniform", "hand recipe"
-DECIDING = (UNIFORM, HAND)
+DECIDING = {UNIFORM: "uniform plan", HAND: "hand recipe"}  # kind → what one of them is called

@@ -421,10 +421,15 @@ def _comments(report: PlanReport) -> list[str]:
         ),
         *(
             f"{rival.kind} ({rival.name}): {rival.divergence.value:.5f}; the plan's is "
-            f"{rival.difference.value:+.1%} of it."
+            f"{_compared(rival.difference.value)} it."
             for rival in report.rivals
         ),
     ]
+
+
+def _compared(difference: float) -> str:
+    """-0.899 → `89.9% below`."""
+    return f"{abs(difference):.1%} {'below' if difference < 0 else 'above'}"
 
 
 def _budgets(planner: Planner) -> list[Budget]:
