@@ -14,12 +14,12 @@ from typing import Any
 
 import pytest
 from tests.cli.verb import run_verb
-from tests.conftest import DEMO
+from tests.conftest import DEMO, ROOT
 
-from amalgam.cli import console, main
+from amalgam.cli import INTERRUPTED, console, main
 from amalgam.engine.core import Engine
 from amalgam.engine.request import FinishReason, RequestOutput
-from amalgam.errors import RequestError
+from amalgam.errors import AmalgamError, RequestError
 from amalgam.llm import LLM, SamplingParams
 from amalgam.tools.journal import Journal
 
@@ -238,3 +238,15 @@ def test_a_file_of_lines_survives_a_kill(
     assert killed == whole
     code, _, err = run(capsys, *flags, str(tmp_path / "whole.jsonl"))
     assert code == 5 and "whole.jsonl" in err
+
+
+def test_every_exit_code_of_a_run_is_in_the_page() -> None:
+    """Those of all errors that a user can cause, as any of them may end it."""
+
+    def codes(kind: type[AmalgamError]) -> set[int]:
+        return {kind.exit_code}.union(*map(codes, kind.__subclasses__()))
+
+    page = (ROOT / "docs" / "offline.md").read_text()
+    table = page.partition("| exit code | |\n|---|---|\n")[2].partition("\n\n")[0]
+    told = {int(line.split("|")[1]) for line in table.splitlines()}
+    assert told == codes(AmalgamError) | {0, 1, INTERRUPTED}

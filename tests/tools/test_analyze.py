@@ -383,7 +383,7 @@ def test_a_file_that_cannot_be_replaced_whole_stays(tmp_path: Path, monkeypatch:
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(os, "fsync", full)
-    with raises(ConfigError, out):
+    with raises(CheckpointError, out):
         export_config(analysis, out, {}, force=True)
     assert [path.read_text() for path in tmp_path.iterdir()] == ["precious"]
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import json
 import os
 import re
@@ -15,7 +16,7 @@ from typing import Any
 import pytest
 
 from amalgam.base.locks import FileLock
-from amalgam.errors import ConflictError, RequestError, UnavailableError
+from amalgam.errors import CheckpointError, ConflictError, RequestError, UnavailableError
 from amalgam.tools.batch import Defaults, InputFile, LineError, Totals, answer_file, ask_until_failure, read_line
 from amalgam.tools.journal import Journal, partial_of
 from tests.errors import raises
@@ -296,3 +297,16 @@ def test_numbers_that_no_integer_type_holds_are_the_endpoint_s_to_refuse() -> No
     with pytest.raises(LineError) as caught:
         read_line(b'{"prompt": "x", "seed": NaN}', 0, 1000)
     assert caught.value.code == "invalid_json"
+
+
+@pytest.mark.parametrize("step", ["os.write", "os.ftruncate", "os.fsync"])
+def test_a_full_disk_is_told_with_the_file(step: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """When an answer is noted, when a run is begun, and when the output is written."""
+    source = write(tmp_path / "in", "one")
+
+    def fail(*_: object) -> int:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(step, fail)
+    with raises(CheckpointError, tmp_path / "out"):
+        run(Model(), source, tmp_path / "out")

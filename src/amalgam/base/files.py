@@ -9,6 +9,7 @@ process has left is removed by the next one that writes there.
 
 from __future__ import annotations
 
+import errno
 import logging
 import os
 import shutil
@@ -139,6 +140,7 @@ def _locked(path: Path, lock: FileLock | None) -> Iterator[FileLock]:
     if lock is None:
         with FileLock(path) as own:
             with writing(path):
+                _check_takes_files(path.parent)
                 is_free = own.try_acquire()
             if not is_free:
                 raise ConflictError(
@@ -161,6 +163,35 @@ def check_free(path: Path) -> None:
         is_taken = path.is_symlink() or (path.exists() and (not path.is_dir() or any(path.iterdir())))
     if is_taken:
         raise CheckpointError(f"{path} exists already.", remedy="Name a folder that does not exist, or an empty one.")
+    with writing(path):
+        _check_takes_files(path.absolute().parent)
+
+
+def check_writable(path: Path) -> None:
+    """Raise CheckpointError if no file can be written there, as far as can be told without one.
+
+    To be asked before work that takes long, and whose result the file is.
+    """
+    with writing(path):
+        if path.is_dir():
+            raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
+        _check_takes_files(path.absolute().parent)
+
+
+def check_folder_writable(folder: Path) -> None:
+    """The same for the files of a folder, which may be there or not."""
+    with writing(folder):
+        _check_takes_files(folder.absolute())
+
+
+def _check_takes_files(folder: Path) -> None:
+    """Raise OSError if a folder, made if absent, can hold no new file."""
+    while not folder.exists():
+        folder = folder.parent
+    if not folder.is_dir():
+        raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), str(folder))
+    if not os.access(folder, os.W_OK | os.X_OK):
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(folder))
 
 
 @contextmanager

@@ -38,7 +38,7 @@ def command(
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document, and no table.")] = False,
 ) -> None:
     """Measure what the KV cache saves, compared with computing the whole text again at every step."""
-    from amalgam.base.files import replace_file, writing
+    from amalgam.base.files import check_writable, replace_file, writing
     from amalgam.cli.console import note, print_json, print_table, progress_bar, say
     from amalgam.tools import bench
     from amalgam.tools.bench_cache import cache_html, measure
@@ -46,6 +46,8 @@ def command(
     lengths = numbers_of("--prompts", prompts)
     if shape is None:
         refuse_unused({"--weights": weights}, "--shape", "Add --shape S.")
+    if out is not None:
+        check_writable(out)
     # Blocks that a former step has left would be a cache after all, and steps of several tokens nothing to compare.
     settings = settings.replace(engine=settings.engine.model_dump() | {"prefix_cache": False}, speculation={})
     with ExitStack() as stack:

@@ -167,6 +167,7 @@ def command(
     The exit code is 0 when all loads were measured, 6 when the server does not answer or went away (what was measured
     until then is reported), 130 after Ctrl-C (likewise).
     """
+    from amalgam.base.files import check_writable
     from amalgam.cli.console import note, print_json, progress_bar
     from amalgam.tools.load.benchmark import Benchmark, Target, body_fields, run_until_interrupted
     from amalgam.tools.load.http import Address
@@ -195,6 +196,9 @@ def command(
         refuse_unused({"--attainment": attainment != _ATTAINMENT}, "--slo", "Add --slo, for instance ttft:500ms.")
     if not shared_prefix:
         refuse_unused({"--num-prefixes": num_prefixes != 1}, "--shared-prefix", "Say how long they are.")
+    for written in (out, records):
+        if written is not None:
+            check_writable(written)
     address = Address.parse(url)
     endpoint_, work = _work(
         endpoint, dataset, prompt_tokens, output_tokens, shared_prefix, num_prefixes, tokenizer, seed

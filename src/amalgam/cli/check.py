@@ -163,10 +163,14 @@ class _Output:
 
 def _run(target: Target, checks: tuple[Check, ...], seconds: float, output: _Output | None) -> int:
     """`output` is None: only say what would be sent."""
+    from amalgam.base.files import check_writable
     from amalgam.cli.console import note, print_json, progress_bar, say
     from amalgam.tools.check.running import Report, announcement, run
     from amalgam.tools.load.benchmark import run_until_interrupted
 
+    for path in () if output is None else (output.html, output.junit):
+        if path is not None:
+            check_writable(path)
     target.verify_evidence()
     told = announcement(target, checks, seconds)
     if output is None:

@@ -131,6 +131,7 @@ def command(
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document.")] = False,
 ) -> int:
     """Train a model on another one: recover the quality of a low-precision plan, or make a smaller student."""
+    from amalgam.base.files import check_writable
     from amalgam.cli.console import note, print_json, progress_bar
     from amalgam.tools.distill import DistillOptions, check_before_answers, distill, teacher_settings, write_curve
     from amalgam.tools.distill_texts import TextsToLearn
@@ -143,6 +144,9 @@ def command(
         given = {"--temperature": temperature is not None, "--kl": kl is not None}
         refuse_unused(given, "--alpha above 0", "The text alone is learned from: leave it out.")
     folder = folder.expanduser()
+    if curve is not None:
+        curve = curve.expanduser()
+        check_writable(curve)
     if answers is not None:
         answers = answers.expanduser()
     elif prompts is not None:
@@ -177,7 +181,7 @@ def command(
     with progress_bar("steps") as progress:
         report = distill(master, pupil, folder, options, on_look=lambda look: note(_look_line(look)), progress=progress)
     if curve is not None:
-        write_curve(report, curve.expanduser())
+        write_curve(report, curve)
     if as_json:
         print_json(report.as_json())
     else:

@@ -72,6 +72,10 @@ def command(
         "--json": as_json or None,
     }
     _check_combination({flag for flag, value in flags.items() if value is not None})
+    if save is not None:
+        from amalgam.base.files import check_writable
+
+        check_writable(save.expanduser())
     address = address_of(url, settings.server)
     if prompt is not None:
         _trace(settings, prompt, chat, max_new_tokens or 1, layer, save, as_json)
@@ -237,16 +241,14 @@ def _merge(paths: list[Path], save: Path | None) -> None:
 
 
 def _save(saved: SavedSet, path: Path) -> None:
+    from amalgam.base.files import writing
     from amalgam.cli.console import human_bytes, note
     from amalgam.experts.saved.files import save
 
     target = path.expanduser()
-    try:
+    with writing(target):
         save(saved, target)
         num_bytes = target.stat().st_size
-    except (OSError, ValueError) as error:  # the latter for a path without a file's name
-        reason = getattr(error, "strerror", None) or error
-        raise ConfigError(f"Cannot write {str(path)!r}: {reason}.", remedy="Choose another --save.") from None
     note(f"Saved {path} ({human_bytes(num_bytes)}).")
 
 

@@ -17,7 +17,7 @@ from typing import Any
 
 import yaml
 
-from amalgam.base.files import replace_file
+from amalgam.base.files import replace_file, writing
 from amalgam.composition.loader import ModelLoader
 from amalgam.config.placement import BASE_SOURCE, build_rules
 from amalgam.config.settings import Settings, build_settings
@@ -107,7 +107,8 @@ def write_config(
         config: the file that the settings came from; its other sections are carried over.
 
     Raises:
-        ConfigError: the file exists, or cannot be written.
+        ConfigError: the file exists.
+        CheckpointError: it cannot be written.
     """
     data: dict[str, Any] = read_yaml(config) if config is not None else {}
     mixed: dict[str, dict[str, Any]] = {
@@ -134,7 +135,5 @@ def write_config(
     text += yaml.safe_dump(data, sort_keys=False, allow_unicode=True, width=10_000)
     if out.exists() and not force:
         raise ConfigError(f"{out} exists already.", remedy="Choose another name, or give --force.")
-    try:
+    with writing(out):
         replace_file(out, text)
-    except OSError as error:
-        raise ConfigError(f"{out} cannot be written ({error}).", remedy="Check its folder and its name.") from error

@@ -207,7 +207,7 @@ async def answer_file(
 
     Raises:
         UnavailableError: the model answers no more.
-        OSError: there is no room for an answer.
+        CheckpointError: there is no room for an answer.
     """
     started = time.monotonic()
     done = journal.done

@@ -17,7 +17,7 @@ from typing import get_args
 import yaml
 from pydantic import TypeAdapter, ValidationError
 
-from amalgam.base.files import replace_file
+from amalgam.base.files import replace_file, writing
 from amalgam.composition.patterns import compile_pattern
 from amalgam.config.model import DerivedSource
 from amalgam.config.placement import BASE_SOURCE, SourceName
@@ -90,8 +90,8 @@ def export_config(analysis: Analysis, out: Path, precisions: Mapping[str, str], 
         force: replace `out` if it exists.
 
     Raises:
-        ConfigError: an impossible name, or `out` exists or cannot be written.
-        CheckpointError: the weights' names follow no pattern.
+        ConfigError: an impossible name, or `out` exists, or its folder does not.
+        CheckpointError: the weights' names follow no pattern; `out` cannot be written.
     """
     for role, precision in precisions.items():
         _check_name(role, precision)
@@ -122,10 +122,8 @@ def export_config(analysis: Analysis, out: Path, precisions: Mapping[str, str], 
         raise ConfigError(f"{out} exists already.", remedy="Choose another name, or give --force.")
     if not out.parent.is_dir():
         raise ConfigError(f"{out} cannot be written: there is no such folder.", remedy="Make it first.")
-    try:
+    with writing(out):
         replace_file(out, text)
-    except OSError as error:
-        raise ConfigError(f"{out} cannot be written ({error}).", remedy="Check its folder and its name.") from error
     return Export(out, tuple(rules), (*notes, *_remarks(sources.values())))
 
 

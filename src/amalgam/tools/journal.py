@@ -23,7 +23,7 @@ from typing import Any, Self
 
 import orjson
 
-from amalgam.base.files import new_file
+from amalgam.base.files import check_writable, new_file, writing
 from amalgam.base.locks import FileLock
 from amalgam.errors import ConflictError, RequestError, describe
 
@@ -64,16 +64,20 @@ class Journal:
 
         Raises:
             ConflictError: the output exists, another process writes it, or what is there belongs to another run.
-            OSError: it cannot be written.
+            CheckpointError: it cannot be written.
         """
+        check_writable(output)
         partial = partial_of(output)
         lock = FileLock(output)
-        if not lock.try_acquire():
+        with writing(output):
+            is_free = lock.try_acquire()
+        if not is_free:
             raise ConflictError(f"{str(output)!r} is being written by {lock.holder}.", remedy="Wait for it.")
         try:
             if output.exists():  # who has just finished it held the lock until then
                 raise ConflictError(f"{str(output)!r} exists already.", remedy="Name another output.")
-            descriptor = os.open(partial, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_APPEND, 0o666)
+            with writing(partial):
+                descriptor = os.open(partial, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_APPEND, 0o666)
             journal = cls(output, {}, lock, descriptor)
         except BaseException:
             lock.release()
@@ -84,7 +88,8 @@ class Journal:
                 _check_same(journal.header, identity, partial)
             else:
                 journal.header |= {"format": FORMAT, **identity, **fresh}
-                os.ftruncate(descriptor, 0)
+                with writing(partial):
+                    os.ftruncate(descriptor, 0)
                 journal._end = journal._append(orjson.dumps(journal.header) + b"\n")
         except BaseException:
             journal.close()
@@ -100,7 +105,7 @@ class Journal:
 
         Raises:
             ConflictError: the run was begun with another value.
-            OSError: there is no room.
+            CheckpointError: there is no room.
         """
         if name in self.header:
             _check_same(self.header, {name: value}, partial_of(self._output))
@@ -112,29 +117,31 @@ class Journal:
         """Note that an item is finished; it is not lost any more.
 
         Raises:
-            OSError: there is no room.
+            CheckpointError: there is no room.
         """
         head, content = b"[%d," % item, orjson.dumps(value)
         size = self._append(head + content + b"]\n")
         self._places[item] = (self._end + len(head), len(content))
         self._end += size
         if time.monotonic() - self._synced_at >= _SYNC_SECONDS:
-            os.fdatasync(self._descriptor)
+            with writing(partial_of(self._output)):
+                os.fdatasync(self._descriptor)
             self._synced_at = time.monotonic()
 
     def finish(self, num_items: int) -> None:
         """All items are there: write the output, a line for each in order, and forget the journal.
 
         Raises:
-            OSError: there is no room.
+            CheckpointError: there is no room.
         """
-        with new_file(self._output.parent, f".{self._output.name}.", ".tmp") as file:
-            offset = 0
-            for block in self._blocks(num_items):
-                file.write(block, offset)
-                offset += len(block)
-            file.commit(self._output)
-        partial_of(self._output).unlink(missing_ok=True)
+        with writing(self._output):
+            with new_file(self._output.parent, f".{self._output.name}.", ".tmp") as file:
+                offset = 0
+                for block in self._blocks(num_items):
+                    file.write(block, offset)
+                    offset += len(block)
+                file.commit(self._output)
+            partial_of(self._output).unlink(missing_ok=True)
 
     def close(self) -> None:
         """Harmless when repeated."""
@@ -166,8 +173,9 @@ class Journal:
 
     def _append(self, data: bytes) -> int:
         rest = memoryview(data)
-        while rest:
-            rest = rest[os.write(self._descriptor, rest) :]
+        with writing(partial_of(self._output)):
+            while rest:
+                rest = rest[os.write(self._descriptor, rest) :]
         return len(data)
 
     def _read(self, partial: Path, seen: Callable[[Any], None]) -> None:
@@ -194,7 +202,8 @@ class Journal:
                     case _:
                         raise _foreign(partial)
                 self._end += len(line)
-        os.ftruncate(self._descriptor, self._end)
+        with writing(partial):
+            os.ftruncate(self._descriptor, self._end)
 
 
 def partial_of(output: Path) -> Path:

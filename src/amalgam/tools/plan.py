@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from amalgam.base.files import replace_file, writing
+from amalgam.base.files import check_folder_writable, check_writable, replace_file, writing
 from amalgam.composition.loader import ModelLoader
 from amalgam.composition.progress import Progress
 from amalgam.config.environment import state_folder
@@ -160,8 +160,11 @@ class Studio:
             places: whether experts can lie on several devices.
 
         Raises:
-            AmalgamError: no weight has a choice, texts that cannot be read or are too short, damaged sources.
+            AmalgamError: no weight has a choice, texts that cannot be read or are too short, damaged sources; the
+                folder of sensitivities cannot be written.
         """
+        folder = options.cache or state_folder() / "sensitivities"
+        check_folder_writable(folder)
         ensure_derived(settings, progress)
         set_threads(settings.engine)
         self.settings = settings
@@ -174,7 +177,6 @@ class Studio:
         tokenizer = Tokenizer.load(self.loader.base_folder, self.loader.base_metadata)
         tokenizer.check_vocabulary(self.loader.spec.vocab_size)
         self.calibration, self.held_out = self._samples(tokenizer)
-        folder = options.cache or state_folder() / "sensitivities"
         self.study = SensitivityStudy(self.loader, self.problem, self.calibration, folder, draws=options.draws)
 
     def _samples(self, tokenizer: Tokenizer) -> tuple[Sample, Sample]:
@@ -318,11 +320,15 @@ def make_plan(
         frontier: the page to write.
 
     Raises:
-        AmalgamError: a budget below the smallest plan, texts too short for confidence, NaN on the way.
+        AmalgamError: a budget below the smallest plan, texts too short for confidence, NaN on the way; a file that
+            exists or cannot be written.
     """
     wanted = parse_budget(budget)
     if out is not None and out.exists() and not force:
         raise ConfigError(f"{out} exists already.", remedy="Choose another name, or give --force.")
+    for written in (out, frontier):
+        if written is not None:
+            check_writable(written)
     studio = Studio(settings, options, progress, announce, places=bool(wanted.devices))
     studio.check(wanted)
     base = studio.base()

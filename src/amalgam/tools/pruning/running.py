@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from amalgam.base.files import check_free, replace_file, writing
+from amalgam.base.files import check_free, check_writable, replace_file, writing
 from amalgam.composition.progress import Progress
 from amalgam.composition.wide import WideModel
 from amalgam.config.environment import state_folder
@@ -136,6 +136,8 @@ def prune(
         )
     if out is not None:
         check_free(out)
+    if curve is not None:
+        check_writable(curve)
     set_threads(settings.engine)
     model = WideModel.open(settings.model.base_path)
     check_amounts(model.spec, options)
