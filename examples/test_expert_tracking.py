@@ -47,7 +47,9 @@ def running_server(base_url: str) -> Iterator[MixedPrecisionAPIClient]:
         return
     with socket.create_server(("127.0.0.1", 0)) as listener:
         port = listener.getsockname()[1]
-    command = [sys.executable, "main.py", "--config", "config/model_config.yaml", "--host", "127.0.0.1"]
+    # main.py finds the package of a checkout that is not installed; the folder of `amalgam demo` has none.
+    serve = ["main.py"] if (ROOT / "main.py").exists() else ["-m", "amalgam.cli", "serve"]
+    command = [sys.executable, *serve, "--config", "config/model_config.yaml", "--host", "127.0.0.1"]
     with tempfile.TemporaryFile("w+") as log:
         process = subprocess.Popen([*command, "--port", str(port)], cwd=ROOT, stdout=log, stderr=log)
         try:

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import re
+import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -10,6 +13,7 @@ from website.commands import problem_of, shell_lines
 from website.links import LINK, without_links_out
 
 from amalgam.cli import main
+from amalgam.tools.demo import copy_demo
 from amalgam.version import __version__
 from tests.conftest import ROOT
 
@@ -47,6 +51,22 @@ def test_the_demo_is_a_folder_to_try_things_in(tmp_path: Path, capsys: pytest.Ca
     (folder / "config/model_config.yaml").write_text("mine")
     assert main(["demo", str(folder)]) == 3
     assert (folder / "config/model_config.yaml").read_text() == "mine"
+
+
+@pytest.mark.parametrize("is_checkout", [False, True])
+def test_the_example_starts_a_server_of_its_own(is_checkout: bool, tmp_path: Path) -> None:
+    """In the demo's folder, and in a checkout."""
+    folder = copy_demo(tmp_path / "demo")
+    (folder / "config/model_config.yaml").write_text("model: {name: amalgam-demo, base_path: ../models/demo}\n")
+    if is_checkout:
+        shutil.copy(ROOT / "main.py", folder)
+        (folder / "src").symlink_to(ROOT / "src")
+    command = [sys.executable, "examples/test_expert_tracking.py", "--base-url", "http://127.0.0.1:9"]
+    result = subprocess.run(
+        [*command, "--max-new-tokens", "2"], cwd=folder, capture_output=True, text=True, timeout=120
+    )
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.count("layer  expert  activations  of its layer") == 3
 
 
 def test_the_site_links_to_nothing_that_it_does_not_have() -> None:
