@@ -53,6 +53,20 @@ def test_the_demo_is_a_folder_to_try_things_in(tmp_path: Path, capsys: pytest.Ca
     assert (folder / "config/model_config.yaml").read_text() == "mine"
 
 
+def test_a_full_disk_is_told_in_a_sentence(tmp_path: Path) -> None:
+    """What cannot be copied is a list of tuples to shutil; one of them says why."""
+    folder = tmp_path / "demo"
+    script = (
+        "import resource, signal, sys; from amalgam.cli import main; signal.signal(signal.SIGXFSZ, signal.SIG_IGN); "
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096)); sys.exit(main(['demo', sys.argv[1]]))"
+    )
+    result = subprocess.run([sys.executable, "-c", script, folder], capture_output=True, text=True)
+    assert result.returncode == 3 and result.stderr.count("\n") == 1
+    assert f"{folder} cannot be written (" in result.stderr and "File too large" in result.stderr
+    assert re.search(r"; and \d+ more\)\.", result.stderr) and "[(" not in result.stderr
+    assert list(tmp_path.iterdir()) == []
+
+
 @pytest.mark.parametrize("is_checkout", [False, True])
 def test_the_example_starts_a_server_of_its_own(is_checkout: bool, tmp_path: Path) -> None:
     """In the demo's folder, and in a checkout."""

@@ -100,3 +100,35 @@ def test_hub_out_of_reach(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
     why = "Name or service not known"
     with raises(CheckpointError, "'org/name'", tmp_path / "org/name", why, "HF_ENDPOINT", "HF_HUB_OFFLINE=1"):
         resolve("org/name")
+
+
+def test_a_hub_that_is_not_to_be_asked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nobody is told to set what is set."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    with raises(CheckpointError, tmp_path / "org/name", "HF_HUB_OFFLINE") as caught:
+        resolve("org/name")
+    assert "HF_HUB_OFFLINE=1" not in caught.value.remedy and "HF_ENDPOINT" not in caught.value.remedy
+
+
+def test_a_gguf_file_of_a_folder_that_is_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda *_, **__: pytest.fail("asked the hub"))
+    (tmp_path / "org" / "name").mkdir(parents=True)
+    missing = str(tmp_path / "org" / "name" / "m.gguf")
+    with raises(CheckpointError) as caught:
+        resolve("org/name:m.gguf")
+    assert caught.value.what == f"There is no file {missing!r}."
+    (tmp_path / "org" / "name" / "other.gguf").touch()
+    with raises(CheckpointError, "other.gguf"):
+        resolve("org/name:m.gguf")
+    (tmp_path / "org" / "name" / "m.gguf").touch()
+    assert str(resolve("org/name:m.gguf")) == missing
+
+
+@pytest.mark.parametrize("text", ["", " "])
+def test_no_name_is_no_folder(text: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    with raises(CheckpointError) as caught:
+        resolve(text)
+    assert repr(text) in caught.value.what and str(tmp_path) not in caught.value.what

@@ -130,6 +130,13 @@ def test_a_source_of_another_model(tiny: Path, copy: Path) -> None:
         build(tiny, (UP, "other"), other=copy)
 
 
+def test_a_source_with_another_number_of_layers(tiny: Path, copy: Path) -> None:
+    change_config(copy, num_hidden_layers=3)
+    with raises(CheckpointError, "it has 3 layers and not 2", copy / "config.json") as caught:
+        build(tiny, (UP, "other"), other=copy)
+    assert "Attention" not in str(caught.value)
+
+
 def test_an_integer_norm(tiny: Path, copy: Path) -> None:
     quantized = {NORM: torch.ones(1, 64, dtype=torch.int8), NORM + "_scale": torch.ones(1)}
     change_tensors(copy, lambda tensors: tensors.update(quantized))

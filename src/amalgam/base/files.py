@@ -215,4 +215,13 @@ def writing(path: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise CheckpointError(f"{path} cannot be written ({error}).", remedy="Check space and permissions.") from error
+        reason = _first_reason(error) if isinstance(error, shutil.Error) else str(error)
+        raise CheckpointError(f"{path} cannot be written ({reason}).", remedy="Check space and permissions.") from error
+
+
+def _first_reason(error: shutil.Error) -> str:
+    """Of the files that could not be copied: it has a list of (file, copy, reason) for people to read."""
+    match error.args:
+        case ([(_, copy, reason), *others],):
+            return f"{copy}: {reason}" + (f"; and {len(others)} more" if others else "")
+    return str(error)

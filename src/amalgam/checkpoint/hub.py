@@ -15,6 +15,7 @@ from amalgam.errors import CheckpointError, describe
 _HUB_ID = re.compile(
     r"(?P<repository>[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9][\w.-]{0,95})(:(?P<gguf>[\w.-]{1,190}\.gguf))?", re.ASCII
 )
+_NAMES = "Give a .gguf file, the folder that holds config.json and weights, or a hub id such as org/name."
 _HUB_FILES = ["*.safetensors", "*.json", "*.model", "*.txt", "*.jinja"]
 
 
@@ -22,16 +23,19 @@ def resolve(path_or_hub_id: str) -> Path:
     """The local folder of a checkpoint: an existing folder, else a hub repository (downloaded or from the cache).
 
     A `.gguf` file is a checkpoint by itself: its own path is returned. Of a repository that holds such files one must
-    be named, `org/name:file.gguf`, because most hold the same model a dozen times. Pickles (`*.bin`) are downloaded
+    be named, `org/name:file.gguf`, because most hold the same model a dozen times; a folder of the repository's name
+    comes first there too. Pickles (`*.bin`) are downloaded
     only from repositories without safetensors.
 
     Raises:
         CheckpointError: no such folder or file, or in a folder that cannot be read, and no hub id or not to be had from
             the hub.
     """
+    if not path_or_hub_id.strip():
+        raise CheckpointError(f"The checkpoint's name is {path_or_hub_id!r}.", remedy=_NAMES)
     path = Path(path_or_hub_id).expanduser()
     with reading(path):
-        is_folder, is_file = bool(path_or_hub_id.strip()) and path.is_dir(), path.is_file()
+        is_folder, is_file = path.is_dir(), path.is_file()
     if is_folder:
         return path.absolute()
     if is_file:
@@ -42,15 +46,22 @@ def resolve(path_or_hub_id: str) -> Path:
         )
     hub_id = _HUB_ID.fullmatch(path_or_hub_id)
     if hub_id is None:
-        raise CheckpointError(
-            f"There is no folder {describe(str(path.absolute()), 400)}.",
-            remedy="Give a .gguf file, the folder that holds config.json and weights, or a hub id such as org/name.",
-        )
+        raise CheckpointError(f"There is no folder {describe(str(path.absolute()), 400)}.", remedy=_NAMES)
+    folder = Path(hub_id["repository"])
+    if hub_id["gguf"] is not None and folder.is_dir():
+        file = folder.absolute() / hub_id["gguf"]
+        if not file.is_file():
+            found = sorted(each.name for each in folder.glob("*.gguf"))
+            raise CheckpointError(
+                f"There is no file {str(file)!r}.",
+                remedy=f"The folder has {describe(found)}." if found else "The folder has no .gguf files.",
+            )
+        return file
     return _download(hub_id["repository"], hub_id["gguf"])
 
 
 def _download(hub_id: str, gguf: str | None) -> Path:
-    from huggingface_hub import snapshot_download
+    from huggingface_hub import constants, snapshot_download
 
     try:
         # All parts of a split GGUF model: `name-00001-of-00003.gguf`.
@@ -60,11 +71,14 @@ def _download(hub_id: str, gguf: str | None) -> Path:
             snapshot_download(hub_id, allow_patterns=["*.bin"], ignore_patterns=["*/*"])
     except Exception as error:  # the hub client documents no common base: HTTP, cache and OS errors
         reason = next(iter(str(error).splitlines()), "")
+        remedy = "or download the repository first, without HF_HUB_OFFLINE, which is set."
+        if not constants.HF_HUB_OFFLINE:
+            remedy = "set HF_ENDPOINT to a mirror that you can reach, or download the repository first and set "
+            remedy += "HF_HUB_OFFLINE=1."
         raise CheckpointError(
             f"There is no folder {str(Path(hub_id).absolute())!r}, and {hub_id!r} could not be had from the hub "
             f"({type(error).__name__}: {describe(reason, 300)}).",
-            remedy="Give an existing folder, correct the hub id, set HF_ENDPOINT to a mirror that you can reach, "
-            "or download the repository first and set HF_HUB_OFFLINE=1.",
+            remedy=f"Give an existing folder, correct the hub id, {remedy}",
         ) from error
     if gguf is not None:
         return member(folder, gguf)

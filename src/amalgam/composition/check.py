@@ -150,4 +150,6 @@ def _difference(one: object, other: object, where: str = "") -> str:
     if isinstance(one, tuple) and isinstance(other, tuple) and len(one) == len(other):
         index = next(index for index, pair in enumerate(zip(one, other, strict=True)) if pair[0] != pair[1])
         return _difference(one[index], other[index], f"{where}[{index}]")
+    if isinstance(one, tuple) and isinstance(other, tuple) and any(map(is_dataclass, one)):
+        return f"it has {len(one)} {where} and not {len(other)}"  # what one of them is would fill pages
     return f"{where} is {describe(one)} and not {describe(other)}"
