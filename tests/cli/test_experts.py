@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import re
 import threading
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, HTTPServer
@@ -280,7 +281,7 @@ def test_a_place_that_takes_no_file_is_named(
     monkeypatch.chdir(saved.parent)
     Path("folder").mkdir()
     code, _, err = run(capsys, "--merge", str(saved), "--save", target)
-    assert code == 2 and "Cannot write" in err and "Choose another --save" in err
+    assert code == 3 and f"{target or '.'} cannot be written" in err
 
 
 def test_sets_of_different_models_are_not_compared(
@@ -346,6 +347,28 @@ def test_everything_fits_one_screen(statistics: dict[str, Any], width: int, heig
     assert f"{busiest['activation_count']}" in lines[first + 1]
     assert any("•" in line for line in lines)
     assert any("· never  ░ ≤½  ▒ even  ▓ 2×  █ ≥4×" in line for line in lines)
+
+
+@pytest.mark.parametrize("width", [30, 40, 50, 60, 80])
+def test_no_figure_is_cut(statistics: dict[str, Any], width: int) -> None:
+    """A narrow screen has fewer columns: what is left of a figure would read as another one."""
+    keys = {"layer": "layer_id", "expert": "expert_id", "activations": "activation_count", "prompt": "prompt_count"}
+    for view in (screen(statistics, width, 100), page(statistics, width, 100)):
+        lines = printed(view, width, 100)
+        text = "\n".join(lines)
+        for total in ("total_activations", "total_tokens"):
+            assert f"{statistics['summary'][total]:,}" in text
+        [head] = [index for index, line in enumerate(lines) if re.match(r" *layer +expert +activations", line)]
+        names = lines[head].split()
+        for row, line in zip(statistics["top_experts"][:3], lines[head + 1 : head + 4], strict=True):
+            shown = dict(zip(names, line.split(), strict=True))
+            assert {name: shown[name] for name in keys if name in shown} == {
+                name: str(row[key]) for name, key in keys.items() if name in names
+            }
+        assert ("prompt" in names) == (width == 80)
+        ids = next(line for line in lines if line.strip().startswith("layer ")).split()[1:]
+        assert {int(word) for word in ids if word != "expert"} <= set(range(statistics["summary"]["experts_per_layer"]))
+        assert not re.search(r"\d…", text)
 
 
 @pytest.mark.parametrize(("width", "height"), [(80, 24), (200, 60)])

@@ -185,3 +185,23 @@ def test_a_disk_that_is_full_is_no_traceback(
     monkeypatch.setattr("amalgam.composition.quantize.make_checkpoint", full)
     assert main(["quantize", str(DEMO), str(tmp_path / "q"), "--format", "int8"]) == 1
     assert capsys.readouterr().err == f"Error: {os.strerror(28)}: '{tmp_path}/model.safetensors'.\n"
+
+
+@pytest.mark.parametrize("width", [20, 40, 60, 80, 120])
+def test_a_narrow_table_cuts_no_figure(width: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not even in pieces, on lines of their own: `20,139` as `20,1` and `39` would be two figures."""
+    stdout = _Terminal()
+    monkeypatch.setattr("sys.stdout", stdout)
+    monkeypatch.setenv("COLUMNS", str(width))
+    columns = ("weights", "bits", "weights take", "in all", "fits", "sequences × tokens", "tok/s of one", "")
+    sizes = ("4.5", "20,139.5 MiB", "123 GiB", "yes, 12.5 MiB to spare")
+    cells = ("int4, groups of 32", *sizes, "32 × 4,096", "1234.5", "there")
+    print_table(columns, [cells, cells], "What could run here")
+    shown = stdout.getvalue()
+    for figure in ("4.5", "20,139.5", "123", "12.5", "4,096", "1234.5"):
+        assert len(re.findall(rf"(?<![\d.,]){re.escape(figure)}(?![\d.,])", shown)) == 2, shown
+    lines = shown.splitlines()
+    if width >= 80:
+        assert all(len(line) <= width for line in lines) and "┃" in shown
+    else:
+        assert "tok/s of one: 1234.5" in lines and lines[0] == "What could run here"

@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import contextlib
 import json
+import re
 import sys
 from collections.abc import Iterable, Iterator, Sequence
 from typing import IO, TYPE_CHECKING, Any
 
 import orjson
+from rich.cells import cell_len
 from rich.console import Console, ConsoleDimensions
 from rich.progress import (
     BarColumn,
@@ -34,6 +36,8 @@ if TYPE_CHECKING:
 
 _UNLIMITED = 1_000_000
 _MAX_NAMED = 3
+_FIGURE = re.compile(r"\W*\d[\d.,:×–-]*\W*[^\W\d]{0,3}\W*")  # with a sign, brackets or a unit
+_FOLDED = 10  # cells in which a long word can still be read
 _CONTROLS = {code: f"\\u{code:04x}" for code in range(0x7F, 0xA0)}  # which JSON need not escape, and terminals obey
 
 
@@ -108,6 +112,9 @@ def note(text: str) -> None:
 def print_table(columns: Sequence[str], rows: Iterable[Sequence[str]], title: str = "", num_totals: int = 0) -> None:
     """A table; where stdout is no terminal, a line for each row, with tabs between its cells.
 
+    Words are folded where there is little room, figures never are: the parts would read as other figures. Where there
+    is not even room for those, each cell has a line of its own.
+
     Args:
         columns: their names; none for rows that speak for themselves.
         num_totals: rows at the end that sum the others up.
@@ -117,14 +124,49 @@ def print_table(columns: Sequence[str], rows: Iterable[Sequence[str]], title: st
         head = [[one_line(title)]] * bool(title) + [list(columns)] * bool(columns)
         sys.stdout.write("".join("\t".join(line) + "\n" for line in [*head, *lines]))
         return
+    names = columns or [""] * max(map(len, lines), default=0)
+    around = 3 * len(names) + 1 if columns else 2 * len(names)  # padding, and lines between columns
+    widths = _column_widths([names, *lines], out.width - around)
+    if widths is None:
+        _print_cells(names, lines, title)
+        return
     table = Table(title=Text(one_line(title)) if title else None) if columns else Table.grid(padding=(0, 2))
-    for name in columns or [""] * max(map(len, lines), default=0):
-        table.add_column(name, overflow="fold")
+    for name, width in zip(names, widths, strict=True):
+        table.add_column(name, overflow="fold", width=width)
     for index, line in enumerate(lines):
         if num_totals and index == len(lines) - num_totals:
             table.add_section()
         table.add_row(*line)
     out.print(table)
+
+
+def _column_widths(lines: Sequence[Sequence[str]], room: int) -> list[int] | None:
+    """How wide columns are that share `room`; None: it is too little for their figures."""
+    columns = list(zip(*lines, strict=True))
+    wanted = [max(map(cell_len, column)) for column in columns]
+    widths = [max((_least_width(word) for cell in column for word in cell.split()), default=0) for column in columns]
+    spare = room - sum(widths)
+    if spare < 0:
+        return None
+    for _ in range(min(spare, sum(wanted) - sum(widths))):
+        narrowest = min((index for index, width in enumerate(widths) if width < wanted[index]), key=widths.__getitem__)
+        widths[narrowest] += 1
+    return widths
+
+
+def _least_width(word: str) -> int:
+    return cell_len(word) if _FIGURE.fullmatch(word) else min(cell_len(word), _FOLDED)
+
+
+def _print_cells(names: Sequence[str], lines: Sequence[Sequence[str]], title: str) -> None:
+    if title:
+        say(one_line(title))
+    for index, line in enumerate(lines):
+        if index:
+            say("")
+        for name, cell in zip(names, line, strict=True):
+            if cell:
+                say(f"{name}: {cell}" if name else cell)
 
 
 _STATUS_STYLES = {"pass": "green", "warn": "yellow", "fail": "bold red", "skip": "dim"}

@@ -28,6 +28,10 @@ _EVEN = 2  # its index
 _MARKS = {"warning": "yellow", "notice": "cyan"}
 _TABLE_WIDTH = 62  # of the busiest experts, with counts in the millions
 _GAP = 2
+# The busiest experts' figures; what has no room goes, the last of these first.
+_FIRST_COLUMNS = ("layer", "expert", "activations")
+_MORE_COLUMNS = ("share", "now/s", "generated", "prompt")
+_COLUMNS = ("layer", "expert", "activations", "share", "prompt", "generated", "now/s")
 _MIN_TABLE_ROWS = 3
 _HEATMAP_FRAME = 2  # lines: the experts' numbers and the legend
 _LEGEND_WIDTH = 46  # without what it says of cells that stand for several
@@ -44,7 +48,7 @@ def page(statistics: dict[str, Any], width: int, height: int | None) -> Renderab
     grid = _relative_shares(statistics)
     num_rows = len(grid) if height is None else height - _HEATMAP_FRAME - 1  # the prompt's line
     heatmap = _heatmap(grid, width, num_rows)
-    return Group(*_head(statistics), *heatmap, _busiest(statistics["top_experts"]), *_hints(statistics))
+    return Group(*_head(statistics, width), *heatmap, _busiest(statistics["top_experts"], width), *_hints(statistics))
 
 
 def screen(statistics: dict[str, Any], width: int, height: int, waiting: str = "") -> RenderableType:
@@ -57,7 +61,7 @@ def screen(statistics: dict[str, Any], width: int, height: int, waiting: str = "
         line = Text(one_line(waiting), "bold yellow", no_wrap=True, overflow="ellipsis")
         return Group(line, screen(statistics, width, height - 1))
     grid, rows, hints = _relative_shares(statistics), statistics["top_experts"], _hints(statistics)
-    head = _head(statistics)
+    head = _head(statistics, width)
     room = height - len(head)
     num_experts = statistics["summary"]["experts_per_layer"]
     for cell_width in (2, 1):
@@ -83,11 +87,11 @@ def _fitted(rows: Sequence[dict[str, Any]], hints: Sequence[Text], width: int, n
     if len(lines) > room:
         more = Text("… more without --watch", style="dim")
         lines = [*lines[: max(room - 1, 0)], more]
-    return Group(_busiest(rows[:num_rows]), *lines)
+    return Group(_busiest(rows[:num_rows], width), *lines)
 
 
-def _head(statistics: dict[str, Any]) -> list[Text]:
-    """Totals, rates and domains, a line each."""
+def _head(statistics: dict[str, Any], width: int) -> list[Text]:
+    """Totals, rates and domains, a line each, or several where it is long."""
     summary, minutes = statistics["summary"], statistics["window"]["minutes"]
     num_layers, top_k = summary["total_layers"], summary["active_experts_per_token"]
     rate = sum(row["decaying_rate"] for row in statistics["expert_stats"])
@@ -101,22 +105,41 @@ def _head(statistics: dict[str, Any]) -> list[Text]:
     ]
     if labels := statistics.get("labels"):
         lines.append("Tokens by domain: " + ", ".join(f"{one_line(row['label'])} {row['tokens']}" for row in labels))
-    return [Text(line, no_wrap=True, overflow="ellipsis") for line in lines]
+    return _wrapped([Text(line) for line in lines], width)
 
 
 def _rate(value: float) -> str:
     return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
 
 
-def _busiest(rows: Sequence[dict[str, Any]]) -> RenderableType:
+def _busiest(rows: Sequence[dict[str, Any]], width: int) -> RenderableType:
+    """With as many columns as have room for their figures."""
+    cells = [_cells(row) for row in rows]
+    needs = {name: max([len(name), *(len(row[name]) for row in cells)]) + _GAP for name in _COLUMNS}
+    shown = list(_FIRST_COLUMNS)
+    for name in _MORE_COLUMNS:
+        if sum(needs[each] for each in (*shown, name)) > width:
+            break
+        shown.append(name)
     table = Table(box=None, padding=(0, _GAP, 0, 0), header_style="bold")
-    for name in ("layer", "expert", "activations", "share", "prompt", "generated", "now/s"):
+    names = [name for name in _COLUMNS if name in shown]
+    for name in names:
         table.add_column(name, justify="right", no_wrap=True)
-    for row in rows:
-        counts = [str(row[name]) for name in ("prompt_count", "generated_count")]
-        place = [str(row[name]) for name in ("layer_id", "expert_id", "activation_count")]
-        table.add_row(*place, f"{row['layer_share'] or 0:.1%}", *counts, _rate(row["decaying_rate"]))
+    for row in cells:
+        table.add_row(*(row[name] for name in names))
     return table
+
+
+def _cells(row: dict[str, Any]) -> dict[str, str]:
+    return {
+        "layer": str(row["layer_id"]),
+        "expert": str(row["expert_id"]),
+        "activations": str(row["activation_count"]),
+        "share": f"{row['layer_share'] or 0:.1%}",
+        "prompt": str(row["prompt_count"]),
+        "generated": str(row["generated_count"]),
+        "now/s": _rate(row["decaying_rate"]),
+    }
 
 
 def _hints(statistics: dict[str, Any]) -> list[Text]:
@@ -164,7 +187,7 @@ def _heatmap(grid: dict[int, list[float]], width: int, num_rows: int) -> list[Te
             level = _level(max(max(grid[layer_id][first : first + across], default=0.0) for layer_id in of_row))
             line.append(_SHADES[level] * cell_width, style=f"not dim {_COLOURS[level]}")
         lines.append(line)
-    return [*lines, _legend(down, across)]
+    return [*lines, _legend(down, across, width)]
 
 
 def _level(relative_share: float) -> int:
@@ -178,19 +201,27 @@ def _numbers(num_experts: int, across: int, cell_width: int, margin: int, width:
     """The experts' ids above their cells, as many as there is room for."""
     digits = len(str(num_experts - 1)) + 1
     step = next(2**power for power in range(17) if 2**power * cell_width >= digits)
-    ids = range(0, num_experts, step * across)
+    room = width - margin
+    ids = [
+        expert_id
+        for place, expert_id in enumerate(range(0, num_experts, step * across))
+        if place * step * cell_width + len(str(expert_id)) <= room
+    ]
     numbers = "".join(f"{expert_id:<{step * cell_width}}" for expert_id in ids)
     line = f"{'layer':>{margin - 1}} {numbers.rstrip()}"
     name = " expert"
     return Text(line + name * (len(line) + len(name) <= width), "dim", no_wrap=True, overflow="crop")
 
 
-def _legend(down: int, across: int) -> Text:
+def _legend(down: int, across: int, width: int) -> Text:
     legend = Text(no_wrap=True, overflow="ellipsis")
     for shade, colour, meaning in zip(_SHADES, _COLOURS, _MEANINGS, strict=True):
         legend.append(shade, colour).append(f" {meaning}  ", "dim")
     parts = [f"{count} {noun}" for count, noun in ((down, "layers"), (across, "experts")) if count > 1]
-    return legend.append(f"cell: busiest of {' × '.join(parts)}" if parts else "", "dim")
+    said = f"cell: busiest of {' × '.join(parts)}" if parts else ""
+    if legend.cell_len + len(said) > width:  # a figure that is cut reads as another one
+        said = "cell: busiest of several"
+    return legend.append(said, "dim")
 
 
 def print_trace(trace: PromptTrace, layers: Sequence[int], width: int) -> None:
