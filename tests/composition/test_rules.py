@@ -79,6 +79,29 @@ def test_bad_rules_are_refused_by_name(pattern: str, named: object) -> None:
         Choices(NAMES, rules((pattern, "int4")), "base")
 
 
+@pytest.mark.parametrize(
+    ("pattern", "idle"),
+    [
+        ("model.layers.*.mlp.experts.{0,99}.*", "99"),
+        ("model.layers.{0-3}.*", "3"),
+        ("model.layers.{0,1}.mlp.experts.{10-12}.{up,down}_proj.weight", "12"),
+        ("*.{up,down,left}_proj.*", "left"),
+        ("*{embed,norms}*", "norms"),
+        ("*{1,11}.{up,qkv}*", "qkv"),
+    ],
+)
+def test_an_alternative_that_matches_nothing_is_refused_by_name(pattern: str, idle: str) -> None:
+    """As a whole pattern is: what is left out of a plan by a typo would go unnoticed."""
+    with raises(PlanError, repr(pattern), repr(idle)):
+        Choices(NAMES, rules((pattern, "int4")), "base")
+
+
+def test_an_alternative_is_not_idle_because_another_one_or_a_stronger_rule_was_taken() -> None:
+    stronger = ("model.layers.*.mlp.experts.7.up_proj.weight", "fp8")
+    for pattern in ("*experts{.1,.11,.7}*.up_proj*", "*{layers,experts}*", "*.experts.{5,7}.up_proj.*"):
+        assert Choices(NAMES, rules((pattern, "int4"), stronger), "base")[EXPERT].source == "fp8"
+
+
 def test_a_shadowed_rule_is_no_error() -> None:
     choices = Choices(NAMES, rules(("*.experts.7.*", "int4"), ("model.layers.*.experts.7.*", "fp8")), "base")
     assert choices[EXPERT].source == "fp8"
@@ -95,6 +118,6 @@ def test_many_stars_are_one_star() -> None:
 
 
 def test_a_rule_that_stronger_ones_override_everywhere_is_named() -> None:
-    weak, strong = rules(("model.layers.*.mlp.experts.*", "int4"), ("model.layers.{0-9}.mlp.experts.*", "fp8"))
+    weak, strong = rules(("model.layers.*.mlp.experts.*", "int4"), ("model.layers.{1,1}.mlp.experts.*", "fp8"))
     assert Choices([EXPERT], (weak, strong), "base").overridden == (weak,)
     assert Choices([EXPERT], (strong,), "base").overridden == ()

@@ -87,6 +87,8 @@ def test_a_floor_takes_narrower_options_away(loader: ModelLoader) -> None:
         assert (item.options[0].source == "int3") == (item.layer == 1)
     with raises(PlanError, repr("model.layers.7.*")):
         problem_of(loader, floors={"model.layers.7.*": "int4"}, compares=False)
+    with raises(PlanError, repr("model.layers.{1,7}.*"), repr("7")):
+        problem_of(loader, floors={"model.layers.{1,7}.*": "int4"}, compares=False)
 
 
 def test_without_other_precisions_there_is_nothing_to_plan(loader: ModelLoader) -> None:

@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import re
 from collections import defaultdict
-from collections.abc import Sequence, Set
+from collections.abc import Iterable, Sequence, Set
 
 from amalgam.errors import PlanError, describe
 
+_BRACES = re.compile(r"\{([^}]*)\}")
 _WILDCARDS = frozenset("*?[{")
 _MAX_RANGE = 65536
 _MAX_STARS = 8
@@ -29,7 +30,7 @@ def specificity(pattern: str) -> int:
 
 
 def compile_pattern(pattern: str) -> re.Pattern[str]:
-    """A shell-like pattern as a regular expression for `fullmatch`.
+    """A shell-like pattern as a regular expression for `fullmatch`, with a group for each pair of braces.
 
     Raises:
         PlanError: a bracket or brace is not closed, or a range is empty or too long.
@@ -69,11 +70,16 @@ def _one_of(pattern: str, body: str) -> str:
 
 
 def _alternatives(pattern: str, body: str) -> str:
+    return f"({'|'.join(map(re.escape, _options(pattern, body)))})"
+
+
+def _options(pattern: str, body: str) -> list[str]:
+    """What a pair of braces stands for."""
     options: list[str] = []
     for option in body.split(","):
         bounds = re.fullmatch(r"(\d{1,9})-(\d{1,9})", option.strip())
         if bounds is None:
-            options.append(re.escape(option.strip()))
+            options.append(option.strip())
             continue
         low, high = int(bounds[1]), int(bounds[2])
         if not low <= high < low + _MAX_RANGE:
@@ -81,7 +87,29 @@ def _alternatives(pattern: str, body: str) -> str:
                 f"Pattern {describe(pattern)} holds the range {option}.", remedy="Give low-high, low first."
             )
         options += map(str, range(low, high + 1))
-    return f"(?:{'|'.join(options)})"
+    return options
+
+
+def idle_alternative(pattern: str, names: Iterable[str], all_names: Iterable[str]) -> str | None:
+    """The first alternative of a pattern's braces with which it matches none of `all_names`; None: there is none.
+
+    Args:
+        names: some that it matches, which are looked at first.
+    """
+    braces = [dict.fromkeys(_options(pattern, body)) for body in _BRACES.findall(pattern)]
+    whole = compile_pattern(pattern)
+    for name in names:
+        if not any(braces):
+            return None
+        match = whole.fullmatch(name)
+        for left, option in zip(braces, () if match is None else match.groups(), strict=match is not None):
+            left.pop(option, None)
+    for braced, left in zip(_BRACES.finditer(pattern), braces, strict=True):
+        for option in left:  # which may match where another one was taken for a name
+            narrow = compile_pattern(f"{pattern[: braced.start()]}{{{option}}}{pattern[braced.end() :]}")
+            if not any(map(narrow.fullmatch, all_names)):
+                return option
+    return None
 
 
 def patterns_of(names: Set[str], all_names: Set[str]) -> str:

@@ -11,10 +11,11 @@ rules that say one.
 from __future__ import annotations
 
 import difflib
+from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
-from amalgam.composition.patterns import compile_pattern, is_exact, specificity
+from amalgam.composition.patterns import compile_pattern, idle_alternative, is_exact, specificity
 from amalgam.config.placement import Rule
 from amalgam.errors import PlanError, describe
 
@@ -83,7 +84,7 @@ class Choices(Mapping[str, Choice]):
         """Resolve every name.
 
         Raises:
-            PlanError: a pattern is malformed, or a rule matches no weight.
+            PlanError: a pattern is malformed, or a rule matches no weight, with one of its alternatives neither.
         """
         self.rules = tuple(rules)
         self.default_source = default_source
@@ -104,7 +105,8 @@ class Choices(Mapping[str, Choice]):
     @property
     def overridden(self) -> tuple[Rule, ...]:
         """Rules that decide for no weight, because a stronger one does for each that they match."""
-        return tuple(rule for rule in self.rules if id(rule) not in self._winners())
+        winners = self._winners()
+        return tuple(rule for rule in self.rules if id(rule) not in winners)
 
     def explain(self, name: str) -> Explanation:
         """Which rule won for one weight, and over which others.
@@ -123,8 +125,14 @@ class Choices(Mapping[str, Choice]):
         source = self.default_source if rule is None or rule.source is None else rule.source
         return Choice(name, source, rule, None if placing is None else placing.device, placing)
 
-    def _winners(self) -> set[int]:
-        return {id(rule) for choice in self._choices.values() for rule in (choice.rule, choice.device_rule)}
+    def _winners(self) -> dict[int, list[str]]:
+        """The id of each rule that decides → the weights that it decides for."""
+        found: dict[int, list[str]] = defaultdict(list)
+        for name, choice in self._choices.items():
+            for rule in (choice.rule, choice.device_rule):
+                if rule is not None:
+                    found[id(rule)].append(name)
+        return found
 
     def _check_all_match(self) -> None:
         winners = self._winners()
@@ -137,6 +145,12 @@ class Choices(Mapping[str, Choice]):
                     raise PlanError(
                         f"Rule {describe(rule.pattern)} matches no weight.",
                         remedy="`amalgam plan --all` lists the weights' names.",
+                    )
+                idle = idle_alternative(rule.pattern, winners.get(id(rule), ()), self._choices)
+                if idle is not None:
+                    raise PlanError(
+                        f"Rule {describe(rule.pattern)} matches no weight with {describe(idle)}.",
+                        remedy="Leave that out of its braces; `amalgam plan --all` lists the weights' names.",
                     )
 
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from functools import cached_property
 
 from amalgam.composition.loader import ModelLoader
-from amalgam.composition.patterns import compile_pattern
+from amalgam.composition.patterns import compile_pattern, idle_alternative
 from amalgam.composition.planned import PlannedWeight
 from amalgam.config.placement import BASE_SOURCE
 from amalgam.errors import ConfigError, PlanError
@@ -212,6 +212,11 @@ def _with_floors(items: Sequence[Item], floors: Mapping[str, str]) -> list[Item]
         matching = [index for index, item in enumerate(result) if regex.fullmatch(item.name)]
         if not matching:
             raise PlanError(f"Floor {pattern!r} matches no weight that has a choice.", remedy="See `amalgam plan`.")
+        names = [result[index].name for index in matching]
+        if (idle := idle_alternative(pattern, names, names)) is not None:
+            raise PlanError(
+                f"Floor {pattern!r} matches no weight that has a choice with {idle!r}.", remedy="See `amalgam plan`."
+            )
         for index in matching:
             item = result[index]
             at = item.index_of(source)
