@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 import subprocess
 import sys
 from dataclasses import replace
@@ -145,3 +146,18 @@ def test_experts_elsewhere_count_there(demo_config: Path) -> None:
         assert far.dense_bytes == far.other_bytes == 0 < far.expert_bytes
         assert near.expert_bytes + far.expert_bytes == whole.devices[0].expert_bytes
         assert split.weights_bytes == whole.weights_bytes and far.fits == split.fits == fits
+
+
+@pytest.mark.parametrize("verb", [["estimate", "--model"], ["fit", "--no-measure", "--model"]])
+def test_headers_are_enough(verb: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """As of a checkpoint whose tokenizer was not downloaded."""
+    for name in ("config.json", "model.safetensors"):
+        shutil.copy(DEMO / name, tmp_path)
+    assert main([*verb, str(tmp_path), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["has_tokenizer"] is False
+    assert main([*verb, str(tmp_path)]) == 0
+    assert "no tokenizer" in capsys.readouterr().err
+    assert main([*verb, str(DEMO), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["has_tokenizer"] is True
+    (tmp_path / "tokenizer.json").write_text("{")
+    assert main([*verb, str(tmp_path)]) == 3

@@ -132,7 +132,7 @@ def _memory(settings: Settings, length: int | None, batch: int | None, gpu: str 
 
 
 def _show_memory(result: Estimate) -> None:
-    from amalgam.cli.console import human_bytes, print_table, say
+    from amalgam.cli.console import human_bytes, note, print_table, say
 
     rows = [(f"weights in {name}", human_bytes(size)) for name, size in result.weights.items()]
     if result.mapped_bytes:
@@ -148,6 +148,8 @@ def _show_memory(result: Estimate) -> None:
     ]
     title = f"{result.batch_size} sequences of {result.seq_length} tokens"
     print_table(("memory for", "bytes"), rows, title, num_totals=2)
+    if not result.has_tokenizer:
+        note("The checkpoint has no tokenizer, so that the memory of one is not counted.")
     if len(result.devices) > 1 or result.devices[0].name != "cpu":
         _show_devices(result)
     verdict = "fits" if result.fits else "does NOT fit"

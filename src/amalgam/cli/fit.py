@@ -97,6 +97,8 @@ def _show(report: FitReport) -> None:
     print_table(columns, rows, "What could run here")
     for source, reason in report.left_out.items():
         note(f"{source} was left out: {reason}")
+    if not report.has_tokenizer:
+        note("The checkpoint has no tokenizer, so that the memory of one is not counted.")
     best = report.recommendation
     if best is None:
         least = max(report.fits, key=_spare)

@@ -27,6 +27,7 @@ from amalgam.models.spec import ModelSpec
 from amalgam.planning.cards import Card
 from amalgam.runtime.device import choose_device
 from amalgam.runtime.speculation import draft_bytes
+from amalgam.text.files import has_tokenizer
 from amalgam.text.tokenizer import Tokenizer
 from amalgam.tools.estimate_devices import DeviceEstimate, devices_of
 
@@ -65,6 +66,7 @@ class Estimate:
         max_tokens_that_fit: sequences × length that the rest of the memory holds.
         num_parameters: of all weights.
         devices: what lies where; one, unless rules place experts elsewhere.
+        has_tokenizer: whether `process_bytes` counts one; a checkpoint that is not whole has none.
     """
 
     seq_length: int
@@ -85,6 +87,7 @@ class Estimate:
     uniform: tuple[UniformEstimate, ...]
     num_parameters: int
     devices: tuple[DeviceEstimate, ...]
+    has_tokenizer: bool
 
     @property
     def rule_bytes(self) -> int:
@@ -134,8 +137,7 @@ def estimate(
     per_block = KVCache.bytes_per_block(spec, settings.engine.block_size, kv_type(settings.engine.kv_dtype, dtype))
     blocks = batch_size * math.ceil(seq_length / settings.engine.block_size)
     workspace = workspace_bytes(spec, min(settings.engine.max_step_tokens, batch_size * seq_length), batch_size, dtype)
-    # The largest part of a process without weights: it counts below.
-    Tokenizer.load(loader.base_folder, loader.base_metadata)
+    knows_tokenizer = load_tokenizer(loader)
     process = resident_bytes() + _ANSWERING_BYTES if device.type == "cpu" else 0
     available = available_bytes(device) if card is None else card.memory_bytes
     mapped = sum(weight.memory_bytes for weight in planned if loader.maps(weight.format))
@@ -166,7 +168,22 @@ def estimate(
         num_parameters=sum(math.prod(weight.slot.shape) for weight in planned),
         uniform=tuple(_uniform(loader, planned, workspace + states + draft + kv_bytes, process, available)),
         devices=devices,
+        has_tokenizer=knows_tokenizer,
     )
+
+
+def load_tokenizer(loader: ModelLoader) -> bool:
+    """Load the base's tokenizer, so that this process's memory, which counts, has the largest part of one without
+    weights. False: there is none, as with a checkpoint of which only configuration and headers are at hand.
+
+    Raises:
+        CheckpointError: it is damaged.
+    """
+    folder, metadata = loader.base_folder, loader.base_metadata
+    is_there = has_tokenizer(folder) or any(name.startswith("tokenizer.") for name in metadata or ())
+    if is_there:
+        Tokenizer.load(folder, metadata)
+    return is_there
 
 
 def workspace_bytes(spec: ModelSpec, step_tokens: int, batch_size: int, dtype: torch.dtype) -> int:

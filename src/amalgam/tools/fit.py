@@ -25,8 +25,7 @@ from amalgam.planning.pace import Sample, expected_step
 from amalgam.runtime.device import choose_device
 from amalgam.runtime.speculation import draft_bytes
 from amalgam.runtime.threads import set_threads
-from amalgam.text.tokenizer import Tokenizer
-from amalgam.tools.estimate import workspace_bytes
+from amalgam.tools.estimate import load_tokenizer, workspace_bytes
 from amalgam.tools.fit_split import Parts, parts_of
 from amalgam.tools.fit_ways import Stock, Way
 
@@ -190,6 +189,7 @@ class Recommendation:
 class FitReport:
     """Attributes:
     left_out: source → why it cannot be had as a whole.
+    has_tokenizer: whether one is counted in what this process takes.
     """
 
     model: str
@@ -200,6 +200,7 @@ class FitReport:
     fits: tuple[Fit, ...]
     recommendation: Recommendation | None
     left_out: Mapping[str, str]
+    has_tokenizer: bool
 
     def as_json(self) -> dict[str, Any]:
         document = asdict(self)
@@ -263,7 +264,7 @@ def fit_model(
     if wanted is None:
         wanted = Wanted(settings.inference.max_seq_length, settings.inference.max_batch_size)
     asked, wanted = wanted.context, replace(wanted, context=min(wanted.context, limit))
-    Tokenizer.load(loader.base_folder, loader.base_metadata)  # the largest part of a process without weights
+    knows_tokenizer = load_tokenizer(loader)
     found = hardware(settings) if card is None else detect_hardware(settings, card)
     if found.far_room_bytes and measures:
         found = replace(found, far_bandwidth=read_bandwidth())
@@ -291,6 +292,7 @@ def fit_model(
         fits,
         best,
         stock.left_out,
+        knows_tokenizer,
     )
 
 
