@@ -72,6 +72,36 @@ def test_every_verb_has_help(verb: str, capsys: pytest.CaptureFixture[str]) -> N
     assert f"amalgam {verb}" in out
 
 
+@pytest.mark.parametrize(
+    ("arguments", "place", "goes_on"),
+    [
+        (["plan", "--budget", "4bpw", "--text", "README.md"], "amalgam.tools.plan.make_plan", True),
+        (["evaluate", "--sensitivity", "--text", "README.md"], "amalgam.tools.plan.measure_sensitivities", True),
+        (["evaluate", "--text", "README.md"], "amalgam.tools.evaluate.evaluate", False),
+        (["prune", "--experts", "1", "--text", "README.md"], "amalgam.tools.pruning.running.prune", True),
+        (["distill", "OUT", "--text", "README.md"], "amalgam.tools.distill.distill", True),
+        (["export", "OUT", "--to", "vllm"], "amalgam.tools.export.exporting.export_model", True),
+        (["estimate"], "amalgam.tools.estimate.estimate", False),
+    ],
+)
+def test_who_interrupts_a_verb_is_told_whether_it_goes_on(
+    arguments: list[str],
+    place: str,
+    goes_on: bool,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def interrupted(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(place, interrupted)
+    folder = str(tmp_path / "out")
+    code, _, err = run(capsys, *(folder if word == "OUT" else word for word in arguments), "--model", str(DEMO))
+    assert code == 130
+    assert err == f"Interrupted.{' The same command goes on with what is done.' if goes_on else ''}\n"
+
+
 def test_a_verb_imports_no_torch_before_it_needs_it() -> None:
     program = "import sys; from amalgam.cli import main; main(['serve', '--help']); print('torch' in sys.modules)"
     assert run_program(program).endswith("False")

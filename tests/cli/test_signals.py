@@ -92,6 +92,7 @@ def test_a_signal_ends_what_is_being_made(
     assert process.exitcode == code
     stderr = log.read_text()
     assert "terminate" not in stderr and "Traceback" not in stderr
+    assert ("Interrupted. The same command goes on with what is done.\n" in stderr) == (number == signal.SIGINT)
     assert {path.name for path in tmp_path.iterdir()} == {"config.yaml"}
 
 

@@ -54,7 +54,17 @@ _HELP = {"help_option_names": ["-h", "--help"]}
 _LONGEST_SUMMARY = 200  # characters; no first sentence of a verb is that long
 
 
+class _InterruptedError(Exception):
+    """Ctrl-C, with what the verb has to say of it; a KeyboardInterrupt would end typer without a word."""
+
+
 class _Verbs(TyperGroup):
+    def invoke(self, ctx: Any) -> Any:
+        try:
+            return super().invoke(ctx)
+        except KeyboardInterrupt as error:
+            raise _InterruptedError(f"Interrupted. {error}".strip()) from None
+
     def list_commands(self, ctx: Any) -> list[str]:
         return list(VERBS)
 
@@ -184,8 +194,8 @@ def _call(arguments: list[str]) -> int:
     except AmalgamError as error:
         _say(f"Error: {error}")
         return error.exit_code
-    except KeyboardInterrupt:
-        _say("Interrupted.")
+    except _InterruptedError as error:
+        _say(str(error))
         return INTERRUPTED
     except OSError as error:  # a disk that is full, a folder that may not be written: no fault of ours
         place = f": {error.filename!r}" if error.filename is not None else ""

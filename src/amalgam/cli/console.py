@@ -93,6 +93,15 @@ def progress_bar(unit: str = "bytes") -> Iterator[ProgressCallback]:
         yield report
 
 
+@contextlib.contextmanager
+def resumable() -> Iterator[None]:
+    """Long work that keeps what is done of it: who interrupts it is told so."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        raise KeyboardInterrupt("The same command goes on with what is done.") from None
+
+
 def write(text: str) -> None:
     """Text of a model, on stdout at once: as it is, but a terminal gets no controls that could steer it."""
     sys.stdout.write(harmless(text) if is_terminal(sys.stdout) else text)

@@ -132,7 +132,7 @@ def command(
 ) -> int:
     """Train a model on another one: recover the quality of a low-precision plan, or make a smaller student."""
     from amalgam.base.files import check_writable
-    from amalgam.cli.console import note, print_json, progress_bar
+    from amalgam.cli.console import note, print_json, progress_bar, resumable
     from amalgam.tools.distill import DistillOptions, check_before_answers, distill, teacher_settings, write_curve
     from amalgam.tools.distill_texts import TextsToLearn
     from amalgam.tools.initial_student import Beginning
@@ -178,7 +178,7 @@ def command(
         code = _let_answer(teacher_settings(master, pupil), prompts, answers, seed)
         if code:
             return code
-    with progress_bar("steps") as progress:
+    with resumable(), progress_bar("steps") as progress:
         report = distill(master, pupil, folder, options, on_look=lambda look: note(_look_line(look)), progress=progress)
     if curve is not None:
         write_curve(report, curve)

@@ -64,7 +64,7 @@ def command(
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document.")] = False,
 ) -> None:
     """Write a plan, or a model, as one checkpoint folder that other engines open."""
-    from amalgam.cli.console import print_json, progress_bar
+    from amalgam.cli.console import print_json, progress_bar, resumable
     from amalgam.tools.evaluate import TextOptions
     from amalgam.tools.export.contract import ExportOptions
     from amalgam.tools.export.exporting import export_model
@@ -78,7 +78,7 @@ def command(
     if dry_run:
         refuse_unused({"--text": text}, "writing anything", "Leave --dry-run out to measure.")
     options = ExportOptions(share, activations, type_name)  # type: ignore[arg-type]
-    with progress_bar() as progress:
+    with resumable(), progress_bar() as progress:
         report = export_model(
             settings,
             target,

@@ -7,7 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from amalgam.cli.console import human_bytes, interval, note, print_json, print_table, progress_bar, say
+from amalgam.cli.console import human_bytes, interval, note, print_json, print_table, progress_bar, resumable, say
 from amalgam.config.settings import Settings
 
 if TYPE_CHECKING:
@@ -35,7 +35,7 @@ def plan_for_budget(
 
     if isinstance(options.use, str) and options.use.startswith(("http://", "https://")):
         options = replace(options, use=saved_set_of(options.use))
-    with progress_bar(unit="steps") as progress:
+    with resumable(), progress_bar(unit="steps") as progress:
         report = make_plan(
             settings,
             options,

@@ -118,7 +118,7 @@ def command(
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document.")] = False,
 ) -> None:
     """Remove the experts, layers, channels or weights that matter least, and compare with plans of the same size."""
-    from amalgam.cli.console import note, print_json, progress_bar, say
+    from amalgam.cli.console import note, print_json, progress_bar, resumable, say
     from amalgam.cli.plan_view import announce
     from amalgam.cli.prune_view import show
     from amalgam.tools.pruning.running import prune
@@ -147,7 +147,7 @@ def command(
         precisions=options.precisions if precisions is None else [name.strip() for name in precisions.split(",")],
         bits=options.bits if bits is None else _numbers(bits),
     )
-    with progress_bar(unit="steps") as progress:
+    with resumable(), progress_bar(unit="steps") as progress:
         report = prune(settings, options, out and out.expanduser(), curve, progress, announce)
     if as_json:
         print_json(report.as_json())

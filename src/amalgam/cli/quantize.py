@@ -83,7 +83,7 @@ def command(
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document.")] = False,
 ) -> None:
     """Make a checkpoint of a model in fewer bits (compressed-tensors layout), layer by layer."""
-    from amalgam.cli.console import note, print_json, progress_bar
+    from amalgam.cli.console import note, print_json, progress_bar, resumable
     from amalgam.composition.quantize import make_checkpoint
     from amalgam.composition.quantizing.recipe import CalibrationTexts, Recipe
     from amalgam.formats.grid import QuantizeOptions
@@ -111,7 +111,7 @@ def command(
         if method != "gptq":
             refuse_unused(of_gptq, "--method gptq", "Add it.")
         recipe = Recipe(format_name, options, method, activations, texts, damping, act_order)  # type: ignore[arg-type]
-        with progress_bar() as progress:
+        with resumable(), progress_bar() as progress:
             report = make_checkpoint(checkpoint, out_folder.expanduser(), recipe, progress)
     else:
         from amalgam.tools.quantizing.environment import default_folder, open_environment

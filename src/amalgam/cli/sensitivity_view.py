@@ -6,7 +6,7 @@ from collections import defaultdict
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from amalgam.cli.console import note, print_json, print_table, progress_bar, say
+from amalgam.cli.console import note, print_json, print_table, progress_bar, resumable, say
 from amalgam.config.settings import Settings
 
 if TYPE_CHECKING:
@@ -21,7 +21,7 @@ def show_sensitivities(settings: Settings, texts: TextOptions, cache: Path | Non
     from amalgam.cli.plan_view import announce
     from amalgam.tools.plan import PlanOptions, measure_sensitivities
 
-    with progress_bar(unit="steps") as progress:
+    with resumable(), progress_bar(unit="steps") as progress:
         report = measure_sensitivities(settings, PlanOptions(texts, cache=cache, splits=False), progress, announce)
     if as_json:
         print_json(report.as_json())
