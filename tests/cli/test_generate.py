@@ -250,3 +250,31 @@ def test_every_exit_code_of_a_run_is_in_the_page() -> None:
     table = page.partition("| exit code | |\n|---|---|\n")[2].partition("\n\n")[0]
     told = {int(line.split("|")[1]) for line in table.splitlines()}
     assert told == codes(AmalgamError) | {0, 1, INTERRUPTED}
+
+
+class _Stdin:
+    def __init__(self, data: bytes) -> None:
+        self.buffer = io.BytesIO(data)
+
+    def isatty(self) -> bool:
+        return False
+
+
+def test_a_prompt_is_read_from_standard_input(
+    texts: list[str], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What `echo` ends its line with is no part of the prompt."""
+    monkeypatch.setattr("sys.stdin", _Stdin(f"{PROMPTS[0]}\n".encode()))
+    code, out, _ = run(capsys, "-", *ARGUMENTS, "40")
+    assert code == 0 and out == texts[0].removesuffix("\n") + "\n"
+
+
+@pytest.mark.parametrize(
+    ("data", "prompts", "named"), [(b"", ["-"], "stdin"), (b"\xff", ["-"], "UTF-8"), (b"x", ["-", "a", "-"], "2")]
+)
+def test_standard_input_that_is_no_prompt(
+    data: bytes, prompts: list[str], named: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("sys.stdin", _Stdin(data))
+    code, out, err = run(capsys, *prompts, *ARGUMENTS, "40")
+    assert (code, out) == (2, "") and named in err

@@ -9,6 +9,7 @@ from typing import Annotated, Any
 
 import typer
 
+from amalgam.cli.files import STDIN, read_text
 from amalgam.cli.options import with_settings
 from amalgam.cli.sampling import (
     FrequencyPenalty,
@@ -39,7 +40,9 @@ _MAX_NEW_TOKENS = 128  # where neither the user nor the model says
 @with_settings
 def command(
     settings: Settings,
-    prompt: Annotated[list[str], typer.Argument(help="One or more prompts, answered together.")] = [],  # noqa: B006
+    prompt: Annotated[
+        list[str], typer.Argument(help="One or more prompts, answered together; - reads one from stdin.")
+    ] = [],  # noqa: B006
     input_file: Annotated[
         Path | None,
         typer.Option("--input", "-i", help="Answer each line of this file: JSONL of prompts, or of OpenAI requests."),
@@ -99,6 +102,7 @@ def command(
         return answer_lines(settings, input_file, output_file, params, as_json=as_json)
     if not prompt:
         raise RequestError("There is no prompt.", remedy="Give one, or --input and --output.")
+    prompt = _with_stdin(prompt)
     with progress_bar() as progress:
         deployment = open_deployment(settings, progress)
     answers = _Answers(prompt, is_shown=not as_json)
@@ -122,6 +126,14 @@ def command(
         note("Interrupted.")
         return _INTERRUPTED
     return 0
+
+
+def _with_stdin(prompts: list[str]) -> list[str]:
+    """The prompts, with what standard input has in place of `-`; the end of its last line is no part of it."""
+    num_read = prompts.count(str(STDIN))
+    if num_read > 1:
+        raise RequestError(f"{num_read} prompts are -.", remedy="Standard input is read once.")
+    return [read_text(STDIN).removesuffix("\n") if text == str(STDIN) else text for text in prompts]
 
 
 class _Answers:

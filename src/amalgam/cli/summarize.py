@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import asyncio
-import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
+from amalgam.cli.files import read_text
 from amalgam.cli.options import with_settings
 from amalgam.cli.sampling import MinP, RepetitionPenalty, Seed, Temperature, TopK, TopP, chosen
 from amalgam.config.settings import Settings
-from amalgam.errors import RequestError
 from amalgam.text.summary import CHUNK_TOKENS, OVERLAP_TOKENS, SUMMARY_TOKENS, check_sizes
 
 if TYPE_CHECKING:
@@ -20,7 +19,6 @@ if TYPE_CHECKING:
     from amalgam.runtime.deployment import Deployment
     from amalgam.server.api.summaries import SummarizeAnswer, SummarizeBody
 
-_STDIN = Path("-")
 _MOST = 2**31 - 1  # as the server has it
 
 
@@ -47,7 +45,7 @@ def command(
 ) -> None:
     """Summarize a long text without a server: first its chunks, then their summaries, until one is left."""
     check_sizes(chunk_tokens, overlap_tokens)
-    text = _read(file)  # before the imports, which take seconds
+    text = read_text(file)  # before the imports, which take seconds
 
     from amalgam.cli.console import note, print_json, progress_bar, write
     from amalgam.runtime.opening import open_deployment
@@ -88,22 +86,3 @@ async def _run(deployment: Deployment, settings: Settings, body: SummarizeBody, 
     server = LocalServer(deployment, settings)
     await server.start()
     return await server.summarize(body, lambda done, known: progress("Summarizing", done, known))
-
-
-def _read(file: Path) -> str:
-    """
-    Raises:
-        RequestError: it cannot be read, is no UTF-8, or has no words.
-    """
-    where = "stdin" if file == _STDIN else repr(str(file))
-    try:
-        text = (sys.stdin.buffer.read() if file == _STDIN else file.expanduser().read_bytes()).decode("utf-8-sig")
-    except OSError as error:
-        raise RequestError(f"{where} cannot be read ({error.strerror}).", remedy="Give a text file.") from None
-    except UnicodeDecodeError as error:
-        raise RequestError(
-            f"{where} is not UTF-8 (byte {error.start + 1}).", remedy="Convert it, for instance with iconv."
-        ) from None
-    if not text.strip():
-        raise RequestError(f"{where} is empty.", remedy="Give a text with words.")
-    return text
