@@ -1,17 +1,21 @@
 """The parts of the docs that the code itself describes: settings, formats, families.
 
-In: nothing. Out: Markdown. `python -m amalgam.tools.document` writes the files; a test compares them.
+In: nothing. Out: Markdown. `python -m amalgam.tools.document` writes the files of the checkout that it belongs to,
+whatever the current folder; a test compares them.
 """
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
+from amalgam.base.files import writing
 from amalgam.config.environment import NATIVE_ISA_VARIABLE, NATIVE_ISAS
 from amalgam.config.keys import all_settings
 from amalgam.config.settings import Settings
+from amalgam.errors import CheckpointError
 from amalgam.formats.contract import WeightFormat, WritableFormat
 from amalgam.formats.gguf.config import ARCHITECTURES
 from amalgam.formats.registry import all_formats
@@ -270,6 +274,22 @@ def _features(slots: set[str]) -> dict[str, list[str]]:
 
 FILES = {Path("docs/configuration.md"): configuration, Path("docs/support.md"): support}
 
-if __name__ == "__main__":
+CHECKOUT = Path(__file__).resolve().parents[3]
+
+
+def write_files(root: Path) -> None:
+    """All of `FILES`, in a checkout.
+
+    Raises:
+        CheckpointError: one cannot be written, as where `root` is none.
+    """
     for path, render in FILES.items():
-        path.write_text(render(), encoding="utf-8")
+        with writing(root / path):
+            (root / path).write_text(render(), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    try:
+        write_files(CHECKOUT)
+    except CheckpointError as error:
+        sys.exit(f"Error: {error}")
