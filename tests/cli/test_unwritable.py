@@ -22,7 +22,7 @@ VERBS: dict[str, tuple[str, ...]] = {
     "evaluate --cache": ("evaluate", *MODEL, *TEXT, "--sensitivity", "--cache", OUT),
     "prune --curve": ("prune", *MODEL, "--experts", "1", "--text", "/nowhere.txt", "--curve", OUT),
     "prune --out": ("prune", *MODEL, "--experts", "1", "--text", "/nowhere.txt", "--out", OUT),
-    "distill --curve": ("distill", "/nowhere/student", "--curve", OUT),
+    "distill --curve": ("distill", str(DEMO), "--curve", OUT),
     "quantize": ("quantize", str(DEMO), OUT, "--format", "int4", "--method", "gptq", "--calibrate", "/nowhere.txt"),
     "export": ("export", OUT, "--model", "/nowhere/model", "--to", "vllm"),
     "demo": ("demo", OUT),

@@ -111,6 +111,16 @@ def test_a_missing_tensor_and_a_leftover_one(copy: Path) -> None:
         build(copy)
 
 
+def test_what_is_left_over_is_counted_in_words(copy: Path) -> None:
+    change_config(copy, num_hidden_layers=1)
+    with raises(CheckpointError, "If layer 1 predicts further tokens"):
+        build(copy)
+    change_config(copy, num_hidden_layers=2)
+    change_tensors(copy, lambda tensors: tensors.update({"model.layers.0.mlp.extra.weight": torch.ones(4, 4)}))
+    with raises(CheckpointError, "holds 1 weight that"):
+        build(copy)
+
+
 def test_a_source_with_another_shape(tiny: Path, copy: Path) -> None:
     change_tensors(copy, lambda tensors: tensors.update({UP: torch.ones(16, 64)}))
     with raises(PlanError, "[16, 64]", "[32, 64]"):

@@ -10,6 +10,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from amalgam.base.counting import counted
 from amalgam.base.strict_json import parse_json
 from amalgam.errors import ConfigError, describe
 from amalgam.text.tokenizer import Tokenizer
@@ -101,7 +102,7 @@ def sequences(
         count += len(found[-1])
     if count < min_tokens:
         raise ConfigError(
-            f"The texts in {', '.join(map(str, files))} have {count} tokens together.",
+            f"The texts in {', '.join(map(str, files))} have {counted(count, 'token')} together.",
             remedy=f"At least {min_tokens} are needed to tell anything; 16384 and more are better.",
         )
     return [piece for piece in found if len(piece) > 1]

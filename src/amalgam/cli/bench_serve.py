@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from amalgam.base.counting import counted
 from amalgam.cli.options import refuse_unused
 from amalgam.errors import ConfigError, UnavailableError
 
@@ -357,7 +358,9 @@ def _show(benchmark: Benchmark) -> None:
     points = benchmark.points
     work = benchmark.work
     asked = (
-        f"{len(work.rows)} rows" if work.rows else f"{work.prompt_lengths} tokens and {work.output_lengths} new ones"
+        counted(len(work.rows), "row")
+        if work.rows
+        else f"{work.prompt_lengths} tokens and {work.output_lengths} new ones"
     )
     title = f"{benchmark.model} at {benchmark.target.address}: {asked}"
     goodput = ("goodput/s", "met") if benchmark.objectives else ()
@@ -371,7 +374,7 @@ def _show(benchmark: Benchmark) -> None:
         if point.distortion:
             note(f"{point.load}: {point.distortion}")
         if point.num_short:
-            note(f"{point.load}: {point.num_short} answers ended before the length that was asked for.")
+            note(f"{point.load}: {counted(point.num_short, 'answer')} ended before the length that was asked for.")
     for text in benchmark.notes + _counting(points):
         note(text)
     found = benchmark.saturation

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from amalgam.base.counting import counted
 from amalgam.cli.options import refuse_unused
 from amalgam.errors import AmalgamError, ConfigError
 
@@ -225,7 +226,7 @@ def _show(report: Report, *, is_strict: bool) -> None:
         print_table(("check", "why", "remedy"), [(r.check.id, r.check.why, r.remedy) for r in faults], "What to mend")
     counts = ", ".join(f"{count} {status.value}" for status, count in report.counts.items())
     verdict = "Ready" if report.is_ready(is_strict=is_strict) else "NOT ready"
-    say(f"{verdict}: {counts}; {report.target.num_requests} requests in {report.seconds:.0f} s.")
+    say(f"{verdict}: {counts}; {counted(report.target.num_requests, 'request')} in {report.seconds:.0f} s.")
     for line in report.target.notes:
         say(line)
 

@@ -13,7 +13,7 @@ from typing import Annotated, Any
 
 import typer
 
-from amalgam.base.files import replace_file
+from amalgam.base.files import replace_file, writing
 from amalgam.cli.options import with_settings
 from amalgam.config.environment import set_variables, state_folder
 from amalgam.config.settings import Settings
@@ -95,8 +95,8 @@ def _run(settings: Settings, address: str | None) -> int:
         settings = _with_port(settings)
     stopping = threading.Event()
     reached = deploying.connect(address, settings)
-    _address_file().parent.mkdir(parents=True, exist_ok=True)
-    replace_file(_address_file(), reached)
+    with writing(_address_file()):
+        replace_file(_address_file(), reached)
 
     def on_signal(number: int, frame: Any) -> None:
         if stopping.is_set():  # a second one ends the process at once

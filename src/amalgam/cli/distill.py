@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from amalgam.base.counting import counted
 from amalgam.cli.options import refuse_unused, with_settings
 from amalgam.config.settings import Settings
 from amalgam.errors import ConfigError
@@ -236,7 +237,7 @@ def _show(report: DistillReport) -> None:
     if report.difference is None:
         change = f"0 before, {interval(report.after.divergence, '{:.5f}')} after,"
     say(
-        f"Divergence {change} in {len(outcome.curve)} steps{ending} "
+        f"Divergence {change} in {counted(len(outcome.curve), 'step')}{ending} "
         f"({outcome.num_tokens:,} tokens, {outcome.seconds:.0f} s); best behind step {outcome.best_step}. Trained: "
         f"{', '.join(report.trained)}, {report.num_parameters:,} numbers. Wrote {report.folder}."
     )

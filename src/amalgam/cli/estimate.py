@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from amalgam.base.counting import counted
 from amalgam.cli.options import refuse_unused, with_settings
 from amalgam.config.settings import Settings
 
@@ -146,7 +147,7 @@ def _show_memory(result: Estimate) -> None:
         ("all", human_bytes(result.total_bytes)),
         ("available now", human_bytes(result.available_bytes)),
     ]
-    title = f"{result.batch_size} sequences of {result.seq_length} tokens"
+    title = f"{counted(result.batch_size, 'sequence')} of {counted(result.seq_length, 'token')}"
     print_table(("memory for", "bytes"), rows, title, num_totals=2)
     if not result.has_tokenizer:
         note("The checkpoint has no tokenizer, so that the memory of one is not counted.")

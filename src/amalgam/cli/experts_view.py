@@ -14,6 +14,7 @@ from rich.console import Console, Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from amalgam.base.counting import counted
 from amalgam.base.escaping import one_line
 from amalgam.cli.console import note, print_table, say
 
@@ -97,8 +98,8 @@ def _head(statistics: dict[str, Any], width: int) -> list[Text]:
     rate = sum(row["decaying_rate"] for row in statistics["expert_stats"])
     since = "since the last reset" if minutes is None else f"in the last {minutes:g} minutes"
     lines = [
-        f"{summary['total_activations']:,} activations = {summary['total_tokens']:,} tokens × {top_k} experts × "
-        f"{num_layers} layers; {summary['total_requests']:,} requests",
+        f"{counted(summary['total_activations'], 'activation')} = {counted(summary['total_tokens'], 'token')} × "
+        f"{counted(top_k, 'expert')} × {counted(num_layers, 'layer')}; {counted(summary['total_requests'], 'request')}",
         f"Activations/s: {_rate(rate)} now (half-life {summary['half_life_minutes']:g} min), "
         f"{_rate(summary['rates']['activations_per_second'])} {since}; "
         f"tokens/s: {_rate(rate / max(num_layers * top_k, 1))} now",

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from amalgam.base.counting import counted
 from amalgam.cli.options import with_settings
 from amalgam.config.settings import Settings
 from amalgam.errors import ConfigError
@@ -140,7 +141,7 @@ def _hardware_rows(hardware: Hardware) -> list[tuple[str, str]]:
     from amalgam.cli.console import human_bytes
 
     machine = hardware.machine
-    cores = f"{machine.cores} on {machine.nodes} memory node{'s' if machine.nodes != 1 else ''}"
+    cores = f"{machine.cores} on {counted(machine.nodes, 'memory node')}"
     if machine.quota is not None:
         cores += f", time for {machine.quota:g} of them"
     memory = f"{human_bytes(machine.memory_bytes)}, {human_bytes(machine.available_bytes)} available"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from amalgam.base.counting import counted
 from amalgam.cli.console import arrow, human_bytes, named, print_json, print_table, say, with_device
 from amalgam.cli.server import Server, address_of, key_of, no_server_of_ours
 from amalgam.config.server import ServerSettings
@@ -69,7 +70,7 @@ def show_difference(places: tuple[str, str], found: PlanDifference, as_json: boo
         print_table(("weights", "source", "format", "bytes before", "after", "for instance"), groups)
     for names, place in ((found.only_before, places[0]), (found.only_after, places[1])):
         if names:
-            say(f"{len(names):,} weights are in {place} alone: {named(names, len(names))}")
+            say(f"In {place} alone: {counted(len(names), 'weight')}: {named(names, len(names))}")
     change = found.bytes_after - found.bytes_before
     say(
         f"{len(found.changed):,} of {found.num_weights:,} weights differ. As stored: {human_bytes(found.bytes_before)} "

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+from amalgam.base.counting import counted
 from amalgam.cli.console import human_bytes, interval, note, print_table, say
 from amalgam.evaluation.confidence import Interval
 
@@ -24,7 +25,7 @@ def show(report: PruneReport) -> None:
     if written is not None:
         say(f"Written: {written.folder}")
         if written.num_resumed:
-            say(f"Went on behind {written.num_resumed} files that an earlier run had finished.")
+            say(f"Went on behind {counted(written.num_resumed, 'file')} that an earlier run had finished.")
         for what, names in (
             ("Copied as they are, beside the model's weights", written.carried),
             ("Not carried over: tensors", written.left_out_tensors),

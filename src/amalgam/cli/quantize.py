@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from amalgam.base.counting import counted
 from amalgam.cli.options import refuse_unused
 from amalgam.errors import ConfigError
 
@@ -182,7 +183,7 @@ def _show(report: QuantizeReport) -> None:
     title = f"{report.folder} ({', '.join(filter(None, (report.format, report.method, report.tool)))})"
     print_table(("role", "weights", "before", "after", "relative error"), rows, title, num_totals=1)
     if report.num_resumed:
-        say(f"Went on behind {report.num_resumed} files that an earlier run had finished.")
+        say(f"Went on behind {counted(report.num_resumed, 'file')} that an earlier run had finished.")
     if report.num_tokens:
         say(f"Calibrated with {report.num_tokens} tokens.")
     if report.expert_tokens:

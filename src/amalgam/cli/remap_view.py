@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from datetime import datetime
 from typing import Any
 
+from amalgam.base.counting import counted
 from amalgam.cli.console import arrow, human_bytes, named, print_table, say, with_device
 
 NO_CHANGE = (
@@ -21,7 +22,7 @@ def told(status: Mapping[str, Any]) -> str:
     """What a change that was made did, in a line."""
     what = f"called {status['name']}" if status["name"] else f"live (before: {status['previous_version']})"
     return (
-        f"Version {status['version']} is {what}: {status['num_changed']:,} weights differ, "
+        f"Version {status['version']} is {what}: {counted(status['num_changed'], 'weight')} changed, "
         f"{human_bytes(status['loaded_bytes'])} read, {status['seconds']:.1f} s."
     )
 
@@ -30,7 +31,7 @@ def show_plan(plan: Mapping[str, Any]) -> None:
     """What a change would be."""
     show_groups(plan["changes"])
     say(
-        f"{plan['num_changed']:,} weights would change: {human_bytes(plan['read_bytes'])} to read, "
+        f"{counted(plan['num_changed'], 'weight')} would change: {human_bytes(plan['read_bytes'])} to read, "
         f"{human_bytes(plan['peak_bytes'])} of memory at most ({human_bytes(plan['available_bytes'])} are available), "
         f"about {plan['seconds']:.1f} s. Nothing has changed."
     )
@@ -67,7 +68,7 @@ def show_groups(groups: Sequence[Mapping[str, Any]]) -> None:
 def show_difference(answer: Mapping[str, Any]) -> None:
     """In what two versions differ."""
     show_groups(answer["changes"])
-    say(f"Versions {answer['before']} and {answer['after']} differ in {answer['num_changed']:,} weights.")
+    say(f"Versions {answer['before']} and {answer['after']} differ in {counted(answer['num_changed'], 'weight')}.")
 
 
 def show_versions(answer: Mapping[str, Any]) -> None:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
+from amalgam.base.counting import counted
 from amalgam.cli.files import read_text
 from amalgam.cli.options import with_settings
 from amalgam.cli.sampling import MinP, RepetitionPenalty, Seed, Temperature, TopK, TopP, chosen
@@ -75,8 +76,8 @@ def command(
         return
     write(answer.summary.removesuffix("\n") + "\n")
     note(
-        f"{answer.document_tokens} tokens in {len(answer.chunks)} chunks, merged in {answer.merges} rounds, "
-        f"{answer.timings.total_seconds:.1f} s"
+        f"{counted(answer.document_tokens, 'token')} in {counted(len(answer.chunks), 'chunk')}, "
+        f"merged in {counted(answer.merges, 'round')}, {answer.timings.total_seconds:.1f} s"
     )
 
 

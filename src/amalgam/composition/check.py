@@ -11,6 +11,7 @@ from collections.abc import Container, Mapping, Sequence
 from dataclasses import fields, is_dataclass, replace
 from typing import Any
 
+from amalgam.base.counting import counted
 from amalgam.composition.source import Source
 from amalgam.composition.tied_head import check_tied_head
 from amalgam.config.placement import BASE_SOURCE
@@ -106,12 +107,14 @@ def check_leftovers(source: Source, family: Family, spec: ModelSpec, known: Cont
     layers = {int(layer[1]) for name in leftovers if (layer := re.match(r"model\.layers\.(\d{1,9})\.", name))}
     remedy = "Is config.json of the same model?"
     if layers and min(layers) == spec.num_layers and all(".layers." in name for name in leftovers):
+        first, last = min(layers), max(layers)
+        which = f"layer {first} predicts" if first == last else f"layers {first} to {last} predict"
         remedy = (
-            f"If layers {min(layers)} to {max(layers)} predict further tokens, config.json has to say so: "
-            f"num_nextn_predict_layers {max(layers) - spec.num_layers + 1}. Otherwise: is it of the same model?"
+            f"If {which} further tokens, config.json has to say so: "
+            f"num_nextn_predict_layers {last - spec.num_layers + 1}. Otherwise: is it of the same model?"
         )
     raise CheckpointError(
-        f"{source.folder} holds {len(leftovers)} weights that family {family.name!r} has no place for: "
+        f"{source.folder} holds {counted(len(leftovers), 'weight')} that family {family.name!r} has no place for: "
         f"{', '.join(leftovers[:5])}{' …' if len(leftovers) > 5 else ''}.",
         remedy=remedy,
     )

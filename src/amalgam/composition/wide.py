@@ -13,6 +13,7 @@ from functools import cached_property
 
 import torch
 
+from amalgam.base.counting import counted
 from amalgam.composition.opening import CONFIG_NAME
 from amalgam.composition.planned import oriented
 from amalgam.composition.source import Source
@@ -60,13 +61,13 @@ class WideModel:
         missing = [name for name in slots if name not in source.weights]
         if missing:
             raise CheckpointError(
-                f"{source.folder} lacks {len(missing)} weights, for instance {missing[0]!r}.",
+                f"{source.folder} lacks {counted(len(missing), 'weight')}, for instance {missing[0]!r}.",
                 remedy="Download it again, with all of its files.",
             )
         narrow = [name for name in slots if not source.weights[name].is_wide]
         if narrow:
             raise CheckpointError(
-                f"{source.folder} is quantized already: {len(narrow)} weights, for instance {narrow[0]!r}.",
+                f"{source.folder} is quantized already: {counted(len(narrow), 'weight')}, for instance {narrow[0]!r}.",
                 remedy="Give the bf16, fp16 or fp32 checkpoint.",
             )
         for name, slot in slots.items():

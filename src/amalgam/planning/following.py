@@ -18,6 +18,7 @@ from typing import Any, Literal
 import numpy as np
 import numpy.typing as npt
 
+from amalgam.base.counting import counted
 from amalgam.evaluation.confidence import Interval
 from amalgam.experts.comparison import jensen_shannon, mean_or_none
 from amalgam.planning.knapsack import solve
@@ -211,7 +212,9 @@ class Verdict:
 def before_proposing(drift: Drift, limits: Limits) -> Verdict | None:
     """Why no plan is looked for; None: one is."""
     if drift.num_tokens < limits.min_tokens:
-        return Verdict("few_tokens", f"{drift.num_tokens} tokens in the short window, {limits.min_tokens} are needed.")
+        return Verdict(
+            "few_tokens", f"{counted(drift.num_tokens, 'token')} in the short window, {limits.min_tokens} are needed."
+        )
     if drift.from_planned is not None and drift.from_planned < limits.drift:
         return Verdict("no_drift", f"The use has drifted by {drift.from_planned:.4f}, {limits.drift:g} are needed.")
     return None

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
+from amalgam.base.counting import counted
 from amalgam.composition.progress import Progress
 from amalgam.errors import PlanError
 from amalgam.evaluation.confidence import Interval
@@ -225,8 +226,8 @@ class Planner:
         ]
         if unreached:
             found.append(
-                f"{len(unreached)} weights are of experts that no token of the texts reached, for instance "
-                f"{unreached[0]}: what rounding does to them is taken from their layer's mean."
+                f"No token of the texts reached the experts of {counted(len(unreached), 'weight')}, for instance "
+                f"{unreached[0]}: what rounding does there is taken from the layer's mean."
             )
         for source, reason in self.problem.left_out.items():
             found.append(f"Source {source} was left out: {reason}")

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
+from amalgam.base.counting import counted
 from amalgam.composition.planned import PlannedWeight
 from amalgam.composition.progress import Progress
 from amalgam.errors import ConfigError
@@ -91,7 +92,7 @@ def check_units(sample: Sample) -> None:
     """
     if sample.num_units < MIN_UNITS:
         raise ConfigError(
-            f"The text has {sample.num_units} {sample.unit}, too few for confidence.",
+            f"The text has {counted(sample.num_units, sample.unit.removesuffix('s'))}, too few for confidence.",
             remedy=f"Give at least {MIN_UNITS} documents, or longer ones.",
         )
 

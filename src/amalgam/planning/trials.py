@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
+from amalgam.base.counting import counted
 from amalgam.evaluation.confidence import Interval, difference_of_shares, ratio_of_groups
 from amalgam.planning.trial_plans import CanaryLimits, ShadowLimits
 
@@ -75,7 +76,7 @@ def decide(checks: Sequence[Check], num_requests: int, min_requests: int) -> Ver
     if failed:
         return Verdict("reject", f"{'; '.join(map(str, failed))}: beyond the limit.")
     if num_requests < min_requests:
-        return Verdict("undecided", f"{num_requests} requests, {min_requests} are needed.")
+        return Verdict("undecided", f"{counted(num_requests, 'request')}, {min_requests} are needed.")
     still_open = [check for check in checks if check.outcome == "open"]
     if still_open:
         return Verdict("undecided", f"{'; '.join(map(str, still_open))}: more requests will tell.")

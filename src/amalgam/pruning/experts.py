@@ -21,6 +21,7 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
+from amalgam.base.counting import counted
 from amalgam.errors import ConfigError, UnsupportedError
 from amalgam.models.spec import ModelSpec
 from amalgam.pruning.amounts import Amount
@@ -115,7 +116,8 @@ def _best(score: Tensor, count: int, num_groups: int, layer_id: int) -> list[int
     """The experts with the largest scores, as many of each group; of equals those that come first."""
     if count % num_groups:
         raise ConfigError(
-            f"Layer {layer_id} would keep {count} experts, and the router has {num_groups} groups of equal size.",
+            f"Layer {layer_id} would keep {counted(count, 'expert')}, and the router has {num_groups} groups of "
+            "equal size.",
             remedy=f"Let a multiple of {num_groups} remain.",
         )
     each = len(score) // num_groups

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from amalgam.base.collector import collector_paused
+from amalgam.base.counting import counted
 from amalgam.base.folders import is_present, read_json
 from amalgam.checkpoint import TensorStore, resolve
 from amalgam.checkpoint.store import MAX_INDEX_BYTES
@@ -230,7 +231,7 @@ def analyze_checkpoint(path_or_hub_id: str) -> Analysis:
         for name in left_out_tensors(source, source.weights):
             left_out.setdefault(DRAFT_LAYERS, []).append(name)
     for what, names in left_out.items():
-        notes.append(f"{len(names)} tensors of {what} are not counted, for instance {describe(names[0], 400)}.")
+        notes.append(f"Not counted: {counted(len(names), 'tensor')} of {what}, for instance {describe(names[0], 400)}.")
     if spec is not None:
         notes += _compare(weights, slots, spec)
     return Analysis(
@@ -380,14 +381,16 @@ def _by_headers(
             problems.append(str(error))
         weights[name] = Weight(role_by_name(name), label, shape, sum(part.nbytes for part in parts.values()))
     if problems:
-        notes.append(f"No format recognises {len(problems)} weights, for instance {describe(problems[0], 400)}.")
+        notes.append(
+            f"No format recognises {counted(len(problems), 'weight')}, for instance {describe(problems[0], 400)}."
+        )
     return weights
 
 
 def _compare(weights: Mapping[str, Weight], slots: Mapping[str, Slot], spec: ModelSpec) -> Iterator[str]:
     lacking = [name for name in slots if name not in weights]
     if lacking:
-        yield f"The checkpoint lacks {len(lacking)} weights of its family, for instance {lacking[0]}."
+        yield f"The checkpoint lacks {counted(len(lacking), 'weight')} of its family, for instance {lacking[0]}."
     surplus = [name for name in weights if name not in slots]
     if spec.has_tied_head and any(weights[name].role == "head" for name in surplus):
         yield "The checkpoint holds a head although config.json ties it to the embedding, which is used instead."
@@ -395,12 +398,12 @@ def _compare(weights: Mapping[str, Weight], slots: Mapping[str, Slot], spec: Mod
     biases = [name for name in surplus if is_surplus_bias(name, weights[name].shape, slots)]
     if biases:
         yield (
-            f"{len(biases)} biases, for instance {biases[0]}, stand beside projections that have none by config.json: "
-            "zeros are passed over, others refused."
+            f"Beside projections that have none by config.json: {counted(len(biases), 'bias', 'biases')}, for instance "
+            f"{biases[0]}; zeros are passed over, others refused."
         )
         surplus = sorted(set(surplus) - set(biases))
     if surplus:
-        yield f"The family has no place for {len(surplus)} weights, for instance {describe(surplus[0])}."
+        yield f"The family has no place for {counted(len(surplus), 'weight')}, for instance {describe(surplus[0])}."
 
 
 def _tally(weights: Iterable[Weight], key: Callable[[Weight], str]) -> dict[str, Tally]:

@@ -19,6 +19,7 @@ from typing import Any
 
 import torch
 
+from amalgam.base.counting import counted
 from amalgam.composition.loader import ModelLoader
 from amalgam.composition.planned import activation_for, codes_bf16
 from amalgam.composition.progress import Progress
@@ -226,7 +227,7 @@ def measure_engine(
 ) -> list[Measurement]:
     """Prompt and decoding speed in tokens per second; the contestants take turns, so that a disturbance hits all."""
     timings: dict[str, list[float]] = {f"prompt of {length}": [] for length in prompts}
-    timings |= {f"decode {batch} sequence{'s' if batch > 1 else ''}": [] for batch in batches}
+    timings |= {f"decode {counted(batch, 'sequence')}": [] for batch in batches}
     for repeat in range(repeats + 1):  # the first round warms up
         measured = [length / prompt_seconds(engine, spec, length, repeat) for length in prompts]
         measured += [batch / step_seconds(engine, spec, batch, num_tokens, repeat) for batch in batches]

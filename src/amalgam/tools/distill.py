@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from amalgam.base.counting import counted
 from amalgam.base.files import check_free, partial_folder, replace_file, resumable_folder, writing
 from amalgam.base.folders import read_json
 from amalgam.composition.opening import CONFIG_NAME
@@ -233,7 +234,9 @@ class _Distillation:
         drawn = [names[slot] for slot in drawn_matrices(self._student.spec, self._teacher.spec)]
         if drawn:
             some = ", ".join(drawn[:_MAX_NAMED]) + (", …" if len(drawn) > _MAX_NAMED else "")
-            self._remarks.append(f"{len(drawn)} weights began at random: the teacher has no slice for them: {some}.")
+            self._remarks.append(
+                f"{counted(len(drawn), 'weight')} began at random: the teacher has no slice for them: {some}."
+            )
 
     def _select(self) -> Selection:
         is_quantized = any(not weight.format.is_wide for weight in self._student.planned)
@@ -251,7 +254,8 @@ class _Distillation:
         if changed:
             some = ", ".join(f"{change.name} ({change.before})" for change in changed[:_MAX_NAMED])
             raise UnsupportedError(
-                f"{len(changed)} weights of the student are stored in ways that nothing can be put into again: {some}.",
+                f"The student stores {counted(len(changed), 'weight')} in ways that nothing can be put into again: "
+                f"{some}.",
                 remedy="Take them from a checkpoint that `amalgam quantize` has made.",
             )
         return found
@@ -326,7 +330,9 @@ class _Distillation:
         bits |= {weight.slot.name: weight.quantize_to.bits for weight in planned if weight.quantize_to is not None}
         stuck = [slot for slot, weight in weights.items() if _is_stuck(weight)]
         if stuck and self._selection.kinds & {"scales", "codes"}:
-            self._remarks.append(f"{len(stuck)} weights have scales that are powers of two, and stay as they are.")
+            self._remarks.append(
+                f"The scales of {counted(len(stuck), 'weight')} are powers of two, and stay as they are."
+            )
         trained = trained_weights(
             self._student.spec.slots, weights, bits, self._selection, self._wide_of(), self._options.training.seed
         )

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import torch
 
+from amalgam.base.counting import counted
 from amalgam.errors import ConfigError
 from amalgam.evaluation.texts import DEFAULT_WINDOW, Sample, Window, read_texts, sample_of
 from amalgam.text.tokenizer import Tokenizer
@@ -87,7 +88,8 @@ def read_material(files: TextsToLearn, tokenizer: Tokenizer, max_positions: int)
     lessons = [*([] if texts is None else texts.windows), *answers]
     if not lessons or not held_out.windows:
         raise ConfigError(
-            f"{len(lessons)} windows are left to learn from, and {len(held_out.windows)} are held out.",
+            f"There is text for {counted(len(lessons), 'window')} to learn from, and for "
+            f"{len(held_out.windows)} to hold out.",
             remedy="Give more text, or text to hold out (--heldout).",
         )
     return Material(lessons, _some(held_out, files.max_held_out, files.seed))

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from amalgam.base.counting import counted
 from amalgam.composition.loader import ModelLoader
 from amalgam.composition.progress import Progress
 from amalgam.config.settings import Settings
@@ -161,7 +162,7 @@ def compare_models(
     right_figures = own_figures(right, other_sample, progress)
     sides.append(_side(second, right, right_figures, progress))
     is_shared = sample.digest == other_sample.digest and left.loader.spec.vocab_size == right.loader.spec.vocab_size
-    divergence, notes = None, [f"The texts are {len(documents)} documents."]
+    divergence, notes = None, [f"The texts come to {counted(len(documents), 'document')}."]
     if is_shared:
         divergence = summarise(Reference(left, sample, progress).figures(right, progress))
     else:

@@ -8,6 +8,7 @@ from __future__ import annotations
 from html import escape
 from itertools import groupby
 
+from amalgam.base.counting import counted
 from amalgam.tools.check.contract import CATEGORIES, Result, Status
 from amalgam.tools.check.running import Report
 
@@ -49,7 +50,7 @@ def render_html(report: Report, *, is_strict: bool = False) -> str:
     verdict = "Ready: nothing failed." if is_ready else "Not ready."
     notes = [
         f"{escape(str(target.address))}, {report.started.strftime('%Y-%m-%d %H:%M:%S')} UTC",
-        f"{len(report.results)} checks, {target.num_requests} requests, {report.seconds:.0f} s, "
+        f"{counted(len(report.results), 'check')}, {counted(target.num_requests, 'request')}, {report.seconds:.0f} s, "
         f"thresholds of {escape(target.thresholds.profile)}",
         *(escape(note) for note in target.notes),
     ]

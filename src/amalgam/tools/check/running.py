@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from typing import Any
 
+from amalgam.base.counting import counted
 from amalgam.errors import AmalgamError
 from amalgam.tools.check.contract import Check, Finding, Result, Status
 from amalgam.tools.check.contract import failed as as_failure
@@ -88,8 +89,9 @@ def announcement(target: Target, checks: Sequence[Check], max_seconds: float) ->
     """What will be sent."""
     wanted, ids = target.thresholds, {check.id for check in checks}
     lines = [
-        f"{len(checks)} checks of {target.address}: at most {most_requests(checks, wanted)} requests, "
-        f"{max(8, wanted.performance.clients)} at a time, in {max_seconds:g} s."
+        f"{counted(len(checks), 'check')} of {target.address}: at most "
+        f"{counted(most_requests(checks, wanted), 'request')}, {max(8, wanted.performance.clients)} at a time, "
+        f"in {max_seconds:g} s."
     ]
     if "limits.body" in ids:
         lines.append(f"One body of {wanted.limits.body_bytes / 2**20:.0f} MiB is among them, which should be refused.")

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import torch
 
+from amalgam.base.counting import counted
 from amalgam.base.files import check_free, partial_folder, resumable_folder, writing
 from amalgam.composition.loader import ModelLoader
 from amalgam.composition.progress import Progress
@@ -65,7 +66,7 @@ def export_model(
     lossy = [change for change in job.changes if not change.is_exact]
     if is_strict and lossy:
         raise UnsupportedError(
-            f"{len(lossy)} weights would change their values in {target.name}: {_named(lossy)}.",
+            f"{counted(len(lossy), 'weight')} would change in value in {target.name}: {_named(lossy)}.",
             remedy="Choose other sources for them, another target, or leave --strict out.",
         )
     report = ExportReport(

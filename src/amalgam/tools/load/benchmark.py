@@ -17,6 +17,7 @@ from typing import Any
 
 import orjson
 
+from amalgam.base.counting import counted
 from amalgam.base.files import replace_file
 from amalgam.base.strict_json import parse_json
 from amalgam.errors import AmalgamError, ConfigError, RequestError, UnavailableError, describe
@@ -218,7 +219,7 @@ class Benchmark:
             await self._checked(client, work.rows[0])
             if extent.requests is None or extent.requests + extent.warmup > num_rows:
                 self.notes.append(
-                    f"The dataset has {num_rows} rows: they are asked again and again, and a prefix cache shows."
+                    f"The dataset has {counted(num_rows, 'row')}: asked again and again, so that a prefix cache shows."
                 )
             return datasets.repeated(work.rows)
         if work.count is None:

@@ -11,6 +11,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from amalgam.base.counting import counted
 from amalgam.base.files import check_free, check_writable, replace_file, writing
 from amalgam.composition.progress import Progress
 from amalgam.composition.wide import WideModel
@@ -131,7 +132,8 @@ def prune(
     _check_settings(settings)
     if out is not None and len(options.amounts) * len(options.criteria) != 1:
         raise ConfigError(
-            f"{len(options.amounts)} amounts and {len(options.criteria)} criteria are given, and one folder to write.",
+            f"{counted(len(options.amounts), 'amount')} and "
+            f"{counted(len(options.criteria), 'criterion', 'criteria')} are given, and one folder to write.",
             remedy="Give one of each, or leave out --out to compare them.",
         )
     if out is not None:

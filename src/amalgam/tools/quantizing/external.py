@@ -22,6 +22,7 @@ from typing import Any
 
 import torch
 
+from amalgam.base.counting import counted
 from amalgam.base.files import check_free, resumable_folder, writing
 from amalgam.base.strict_json import parse_json
 from amalgam.checkpoint.store import TensorStore
@@ -247,7 +248,8 @@ class _Base:
         unfit = [name for name in slots if name not in source.weights or not source.weights[name].is_wide]
         if unfit:
             raise CheckpointError(
-                f"{source.folder} has {len(unfit)} weights not, or quantized already, for instance {unfit[0]!r}.",
+                f"{source.folder} has {counted(len(unfit), 'weight')} not, or quantized already, for instance "
+                f"{unfit[0]!r}.",
                 remedy="Give the bf16, fp16 or fp32 checkpoint.",
             )
         quantized = [name for name, slot in slots.items() if slot.is_linear and slot.role != "head"]

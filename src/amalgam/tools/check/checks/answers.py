@@ -9,6 +9,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from amalgam.base.counting import counted
 from amalgam.tools.check.asking import Reply, Response, text_of
 from amalgam.tools.check.contract import Finding, check, failed, passed, skipped, warned
 from amalgam.tools.check.failures import CannotTellError
@@ -43,7 +44,7 @@ async def stream(target: Target) -> Finding:
     if problems := list(_stream_problems(reply)):
         return failed("; ".join(problems))
     texts = [now for now, event in reply.events if any(map(text_of, event.get("choices") or ()))]
-    seen = f"{len(reply.events)} events, [DONE], finish_reason {reply.finish_reason}"
+    seen = f"{counted(len(reply.events), 'event')}, [DONE], finish_reason {reply.finish_reason}"
     new_tokens = reply.num_new_tokens or whole.num_new_tokens or 0
     if len(texts) < 2 and new_tokens >= 8:
         return failed(f"{new_tokens} tokens came in {len(texts)} event: it is no stream")

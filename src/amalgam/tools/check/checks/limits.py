@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import time
 
+from amalgam.base.counting import counted
 from amalgam.tools.check.asking import Reply, Response
 from amalgam.tools.check.contract import LATE, Finding, check, failed, passed, warned
 from amalgam.tools.check.target import Target
@@ -131,9 +132,11 @@ async def rate(target: Target) -> Finding:
     refused = [response for response in answers if response.status == 429]
     if refused:
         if "retry-after" in refused[0].headers:
-            return passed(f"429 with Retry-After after {len(answers) - len(refused)} requests", "429, Retry-After")
+            return passed(
+                f"429 with Retry-After after {counted(len(answers) - len(refused), 'request')}", "429, Retry-After"
+            )
         return warned(
-            f"429 after {len(answers) - len(refused)} requests, but no Retry-After", "429, Retry-After",
+            f"429 after {counted(len(answers) - len(refused), 'request')}, but no Retry-After", "429, Retry-After",
             remedy="Say in Retry-After when the next request will be taken.",
         )  # fmt: skip
     if bad := [response for response in answers if response.status != 200]:
@@ -141,7 +144,9 @@ async def rate(target: Target) -> Finding:
             return warned(f"no limit per client; {len(bad)} of {len(answers)} were refused as too many at once (503)")
         return failed(f"{len(bad)} of {len(answers)} requests: {bad[0].said}", "429, Retry-After")
     seconds = time.monotonic() - started
-    return warned(f"none within {len(answers)} requests in {seconds:.0f} s, nor a header", "429, Retry-After")
+    return warned(
+        f"none within {counted(len(answers), 'request')} in {seconds:.0f} s, nor a header", "429, Retry-After"
+    )
 
 
 @check(

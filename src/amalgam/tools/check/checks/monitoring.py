@@ -9,6 +9,7 @@ from typing import Any
 
 import orjson
 
+from amalgam.base.counting import counted
 from amalgam.errors import UnavailableError
 from amalgam.tools.check import metrics as exposition
 from amalgam.tools.check import rules as alerting
@@ -90,7 +91,7 @@ async def health_under_load(target: Target) -> Finding:
     if math.isinf(worst):
         bad = sum(map(math.isinf, probes))
         return failed(f"{bad} of {len(probes)} probes were not answered with 200", f"≤ {limit:g} ms")
-    value = f"{len(probes)} probes, the slowest in {worst:.0f} ms"
+    value = f"{counted(len(probes), 'probe')}, the slowest in {worst:.0f} ms"
     return (passed if worst <= limit else failed)(value, f"≤ {limit:g} ms", figures={"slowest_ms": worst})
 
 

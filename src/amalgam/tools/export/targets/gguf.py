@@ -13,6 +13,7 @@ from math import prod
 from pathlib import Path
 from typing import Any
 
+from amalgam.base.counting import counted
 from amalgam.checkpoint.gguf_writer import FLOATS, GgufWriter, type_bytes
 from amalgam.composition.progress import Progress
 from amalgam.engine.generation_config import read_model_defaults
@@ -195,7 +196,7 @@ class GgufJob(Job):
             what = DRAFT_LAYERS if is_draft else family.what_is_left_out(name, spec)
             counts.update([] if what is None else [what])
         for what, count in sorted(counts.items()):
-            yield f"Left out: {count} weights of {what}."
+            yield f"Left out: {counted(count, 'weight')} of {what}."
 
 
 def _plain(name: str) -> str:
