@@ -94,16 +94,16 @@ def idle_alternative(pattern: str, names: Iterable[str], all_names: Iterable[str
     """The first alternative of a pattern's braces with which it matches none of `all_names`; None: there is none.
 
     Args:
-        names: some that it matches, which are looked at first.
+        names: are looked at first, each once; best those that it matches.
     """
     braces = [dict.fromkeys(_options(pattern, body)) for body in _BRACES.findall(pattern)]
     whole = compile_pattern(pattern)
     for name in names:
         if not any(braces):
             return None
-        match = whole.fullmatch(name)
-        for left, option in zip(braces, () if match is None else match.groups(), strict=match is not None):
-            left.pop(option, None)
+        if (match := whole.fullmatch(name)) is not None:
+            for left, option in zip(braces, match.groups(), strict=True):
+                left.pop(option, None)
     for braced, left in zip(_BRACES.finditer(pattern), braces, strict=True):
         for option in left:  # which may match where another one was taken for a name
             narrow = compile_pattern(f"{pattern[: braced.start()]}{{{option}}}{pattern[braced.end() :]}")

@@ -14,6 +14,7 @@ import difflib
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import chain
 
 from amalgam.composition.patterns import compile_pattern, idle_alternative, is_exact, specificity
 from amalgam.config.placement import Rule
@@ -146,7 +147,8 @@ class Choices(Mapping[str, Choice]):
                         f"Rule {describe(rule.pattern)} matches no weight.",
                         remedy="`amalgam plan --all` lists the weights' names.",
                     )
-                idle = idle_alternative(rule.pattern, winners.get(id(rule), ()), self._choices)
+                likely = chain(winners.get(id(rule), ()), self._choices)
+                idle = idle_alternative(rule.pattern, likely, self._choices)
                 if idle is not None:
                     raise PlanError(
                         f"Rule {describe(rule.pattern)} matches no weight with {describe(idle)}.",
