@@ -83,8 +83,8 @@ def test_bad_rules_are_refused_by_name(pattern: str, named: object) -> None:
     ("pattern", "idle"),
     [
         ("model.layers.*.mlp.experts.{0,99}.*", "99"),
-        ("model.layers.{0-3}.*", "3"),
-        ("model.layers.{0,1}.mlp.experts.{10-12}.{up,down}_proj.weight", "12"),
+        ("model.layers.{0-1,3}.*", "3"),
+        ("model.layers.{0,1}.mlp.experts.{0,90-99}.{up,down}_proj.weight", "90-99"),
         ("*.{up,down,left}_proj.*", "left"),
         ("*{embed,norms}*", "norms"),
         ("*{1,11}.{up,qkv}*", "qkv"),
@@ -94,6 +94,10 @@ def test_an_alternative_that_matches_nothing_is_refused_by_name(pattern: str, id
     """As a whole pattern is: what is left out of a plan by a typo would go unnoticed."""
     with raises(PlanError, repr(pattern), repr(idle)):
         Choices(NAMES, rules((pattern, "int4")), "base")
+
+
+def test_a_range_may_reach_further_than_the_model() -> None:
+    assert Choices(NAMES, rules(("*.experts.{0-127}.up_proj.*", "int4")), "base")[EXPERT].source == "int4"
 
 
 def test_an_alternative_is_not_idle_because_another_one_or_a_stronger_rule_was_taken() -> None:

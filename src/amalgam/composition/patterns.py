@@ -9,6 +9,7 @@ from __future__ import annotations
 import re
 from collections import defaultdict
 from collections.abc import Iterable, Sequence, Set
+from itertools import chain
 
 from amalgam.errors import PlanError, describe
 
@@ -70,45 +71,48 @@ def _one_of(pattern: str, body: str) -> str:
 
 
 def _alternatives(pattern: str, body: str) -> str:
-    return f"({'|'.join(map(re.escape, _options(pattern, body)))})"
+    return f"({'|'.join(map(re.escape, chain.from_iterable(_options(pattern, body).values())))})"
 
 
-def _options(pattern: str, body: str) -> list[str]:
-    """What a pair of braces stands for."""
-    options: list[str] = []
-    for option in body.split(","):
-        bounds = re.fullmatch(r"(\d{1,9})-(\d{1,9})", option.strip())
+def _options(pattern: str, body: str) -> dict[str, list[str]]:
+    """The alternatives of a pair of braces → what each stands for: itself, or all numbers of its range."""
+    options: dict[str, list[str]] = {}
+    for option in map(str.strip, body.split(",")):
+        bounds = re.fullmatch(r"(\d{1,9})-(\d{1,9})", option)
         if bounds is None:
-            options.append(option.strip())
+            options[option] = [option]
             continue
         low, high = int(bounds[1]), int(bounds[2])
         if not low <= high < low + _MAX_RANGE:
             raise PlanError(
                 f"Pattern {describe(pattern)} holds the range {option}.", remedy="Give low-high, low first."
             )
-        options += map(str, range(low, high + 1))
+        options[option] = list(map(str, range(low, high + 1)))
     return options
 
 
 def idle_alternative(pattern: str, names: Iterable[str], all_names: Iterable[str]) -> str | None:
     """The first alternative of a pattern's braces with which it matches none of `all_names`; None: there is none.
 
+    A range is one alternative: the same rule may serve models of different sizes.
+
     Args:
         names: are looked at first, each once; best those that it matches.
     """
-    braces = [dict.fromkeys(_options(pattern, body)) for body in _BRACES.findall(pattern)]
+    braces = [_options(pattern, body) for body in _BRACES.findall(pattern)]
+    alternatives = [{option: one for one, options in each.items() for option in options} for each in braces]
     whole = compile_pattern(pattern)
     for name in names:
         if not any(braces):
             return None
         if (match := whole.fullmatch(name)) is not None:
-            for left, option in zip(braces, match.groups(), strict=True):
-                left.pop(option, None)
+            for left, of_option, option in zip(braces, alternatives, match.groups(), strict=True):
+                left.pop(of_option[option], None)
     for braced, left in zip(_BRACES.finditer(pattern), braces, strict=True):
-        for option in left:  # which may match where another one was taken for a name
-            narrow = compile_pattern(f"{pattern[: braced.start()]}{{{option}}}{pattern[braced.end() :]}")
+        for one in left:  # which may match where another one was taken for a name
+            narrow = compile_pattern(f"{pattern[: braced.start()]}{{{one}}}{pattern[braced.end() :]}")
             if not any(map(narrow.fullmatch, all_names)):
-                return option
+                return one
     return None
 
 

@@ -55,7 +55,8 @@ Every `<name>_path` under `mixed_precision` declares a
 source called `<name>`; `base` is `base_path`. A pattern matches whole logical names: `*` any characters, `?` one,
 `[abc]` one of them, `{{a,b}}` alternatives, `{{0-15}}` whole numbers. An exact name wins, then the pattern with more
 literal characters, then the later rule, then `default_source`. `amalgam plan --explain NAME` says which and why.
-A pattern that matches no weight is refused, and so is one of its alternatives: `{{0,99}}` for a model with 16 experts.
+A pattern that matches no weight is refused, and so is an alternative: `{{0,99}}` for a model with 16 experts. Of the
+numbers of a range, one has to match: `{{0-127}}` is every expert.
 
 Web pages can send requests to whatever the browser's machine can reach. So on a loopback address (`127.0.0.1`,
 `localhost`, `::1`) the Host header must be a name of this machine or in `server.allowed_hosts`, where the name goes
