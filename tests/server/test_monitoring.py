@@ -13,11 +13,13 @@ import pytest
 import yaml
 
 from amalgam import errors
+from amalgam.errors import CheckpointError
 from amalgam.server.http import errors as http_errors
-from amalgam.server.metrics.board import BOARD, OPERATOR_RULES, RULES, render_board, render_operator_rules
+from amalgam.server.metrics.board import BOARD, OPERATOR_RULES, RULES, render_board, render_operator_rules, write_files
 from amalgam.server.metrics.catalogue import CATALOGUE, PREFIX
 from amalgam.server.metrics.queries import SERVER_FAULTS, each, quantiles, rates, shares
 from amalgam.server.service import REFUSALS, Status
+from tests.errors import raises
 
 ROOT = Path(__file__).parents[2]
 RULE_TESTS = ROOT / "deploy/monitoring/rules/tests.yaml"
@@ -51,6 +53,18 @@ def rules() -> list[dict[str, Any]]:
 def test_files_are_what_the_code_makes() -> None:
     assert (ROOT / BOARD).read_text() == render_board(), "python -m amalgam.server.metrics.board writes it anew"
     assert (ROOT / OPERATOR_RULES).read_text() == render_operator_rules(ROOT)
+
+
+def test_the_board_is_written_into_a_checkout(tmp_path: Path) -> None:
+    with raises(CheckpointError, str(tmp_path)):
+        write_files(tmp_path)
+    shutil.copytree(ROOT / "deploy", tmp_path / "deploy")
+    for path in (BOARD, OPERATOR_RULES):
+        (tmp_path / path).unlink()
+    write_files(tmp_path)
+    assert [(tmp_path / path).read_text() for path in (BOARD, OPERATOR_RULES)] == [
+        (ROOT / path).read_text() for path in (BOARD, OPERATOR_RULES)
+    ]
 
 
 def test_board_shows_every_metric_and_no_other(board: dict[str, Any]) -> None:

@@ -76,6 +76,8 @@ def open_deployment(settings: Settings, progress: Progress | None = None) -> Dep
         loaded = loader.build(planned, version_id, progress=progress)
         kept = build_beside(beside, loader, loaded.version, version_id + 1, progress)
         max_positions = min(settings.inference.max_seq_length, loader.spec.max_positions)
+        if max_positions < settings.inference.max_seq_length:
+            logger.info("inference.max_seq_length: %d, which is all that the model has", max_positions)
         settings = settings.replace(inference={**settings.inference.model_dump(), "max_seq_length": max_positions})
         decoder = Decoder(loader.spec, max_positions, dtype, device)
         speculation = open_speculation(settings, loader, loaded.version, device, progress)

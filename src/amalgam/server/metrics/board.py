@@ -8,16 +8,20 @@ from __future__ import annotations
 
 import json
 import re
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import yaml
 
+from amalgam.base.files import reading, writing
+from amalgam.errors import CheckpointError
 from amalgam.server.metrics.catalogue import CATALOGUE, PREFIX
 from amalgam.server.metrics.panels import PANELS, Panel
 from amalgam.server.metrics.queries import SCRAPED
 
+CHECKOUT = Path(__file__).resolve().parents[4]
 BOARD = Path("deploy/monitoring/grafana/amalgam.json")
 RULES = (Path("deploy/monitoring/rules/recording.yaml"), Path("deploy/monitoring/rules/alerts.yaml"))
 OPERATOR_RULES = Path("deploy/monitoring/prometheus_rule.yaml")
@@ -171,11 +175,26 @@ def render_board() -> str:
     return json.dumps(board(), indent=2) + "\n"
 
 
-def render_operator_rules(root: Path = Path()) -> str:
+def render_operator_rules(root: Path) -> str:
     note = f"# Made of {' and '.join(str(path) for path in RULES)} by python -m amalgam.server.metrics.board.\n"
     return note + yaml.safe_dump(operator_rules(root), sort_keys=False, width=1000, allow_unicode=True)
 
 
+def write_files(root: Path) -> None:
+    """Both, in a checkout.
+
+    Raises:
+        CheckpointError: one cannot be read or written, as where `root` is none.
+    """
+    with reading(root):
+        rules = render_operator_rules(root)
+    for path, text in ((BOARD, render_board()), (OPERATOR_RULES, rules)):
+        with writing(root / path):
+            (root / path).write_text(text, encoding="utf-8")
+
+
 if __name__ == "__main__":
-    BOARD.write_text(render_board(), encoding="utf-8")
-    OPERATOR_RULES.write_text(render_operator_rules(), encoding="utf-8")
+    try:
+        write_files(CHECKOUT)
+    except CheckpointError as error:
+        sys.exit(f"Error: {error}")
