@@ -151,4 +151,7 @@ class ReplicaLostError(UnavailableError):
 def describe(value: Any, limit: int = 120) -> str:
     """`repr` of a user's value, shortened and safe to print on one line."""
     text = repr(value)
-    return text if len(text) <= limit else f"{text[:limit]}… ({len(text)} characters)"
+    if len(text) <= limit:
+        return text
+    num_characters = len(value) if isinstance(value, str) else len(text)  # of a string without its quotes
+    return f"{text[:limit]}… ({num_characters} characters)"

@@ -146,3 +146,9 @@ def test_a_kind_of_fields_has_its_own_rules() -> None:
     with pytest.raises(AmalgamError) as missing:
         own.int("absent")
     assert "Ask the author." in missing.value.remedy
+
+
+def test_a_long_value_is_told_with_its_own_length() -> None:
+    assert describe("x" * 118) == repr("x" * 118)
+    assert describe("x" * 200) == f"'{'x' * 119}… (200 characters)"  # of which none is a quote
+    assert describe(["x" * 200]).endswith("… (204 characters)")
