@@ -238,6 +238,19 @@ def test_narrow_and_wide_have_one_definition() -> None:
     assert (cold.figures["bytes"], cold.figures["saved_bytes"]) == (3 * 300, 3 * 225)
 
 
+def test_a_single_expert_is_spoken_of_as_one() -> None:
+    tracker, version = make_tracker(Clock()), Version()
+    routing = []
+    for num_used in (NUM_EXPERTS, NUM_EXPERTS, NUM_EXPERTS - 1):  # of each layer
+        rows = np.arange(300)
+        ids = np.stack([rows % num_used, (rows + 1) % num_used], axis=1)
+        routing.append((ids, np.full(ids.shape, 0.5, np.float32)))
+    run_step(tracker, [span(300)], routing)
+    hints = {hint.kind: hint.text for hint in build_overview(tracker, version).hints}  # type: ignore[arg-type]
+    assert hints["unused"] == "1 of 24 experts was never used in 300 tokens."
+    assert hints["cold_wide"].startswith("1 expert with at most a quarter of the mean use is kept in wide formats")
+
+
 def test_hints_name_what_stands_out_with_their_figures() -> None:
     tracker, version = make_tracker(Clock()), Version()
     tracker.admit(0, "verse", 0)
@@ -256,6 +269,8 @@ def test_hints_name_what_stands_out_with_their_figures() -> None:
     cold = hints[kinds.index("cold_wide")]
     assert cold.figures["num_experts"] == 6 and cold.figures["bytes"] == 6 * 600
     assert cold.figures["saved_bytes"] == 6 * 525
+    assert cold.text.startswith("6 experts with at most a quarter of the mean use are kept in wide formats")
+    assert "3.5 KiB" in cold.text and "3.1 KiB less" in cold.text and "可节省 3.1 KiB" in cold.text_zh
     unused = hints[kinds.index("unused")]
     assert unused.figures["num_experts"] == 9
     assert {"layer_id": 1, "expert_id": 3} in unused.figures["experts"]

@@ -30,6 +30,7 @@ from rich.table import Table
 from rich.text import Text
 
 from amalgam.base.escaping import harmless, one_line
+from amalgam.base.sizes import human_bytes as human_bytes  # one of the ways here to say things
 
 if TYPE_CHECKING:
     from amalgam.composition.progress import Progress as ProgressCallback
@@ -204,15 +205,6 @@ def print_json(value: Any, *, is_indented: bool = True) -> None:
     except (TypeError, UnicodeEncodeError):  # lone surrogates, such as in paths that are not UTF-8; or the encoding
         text = json.dumps(value, indent=2 if is_indented else None, default=str)
     sys.stdout.write(text.translate(_CONTROLS) + "\n")
-
-
-def human_bytes(count: float) -> str:
-    """1234567 → `1.2 MiB`."""
-    for unit in ("B", "KiB", "MiB", "GiB"):
-        if abs(count) < 1024 or unit == "GiB":
-            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
-        count /= 1024
-    raise AssertionError
 
 
 def arrow(before: str, after: str) -> str:

@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 
+from amalgam.base.sizes import human_bytes
 from amalgam.experts.comparison import jensen_shannon, mean_or_none
 from amalgam.experts.history import Tally
 from amalgam.experts.precision_map import PrecisionMap
@@ -113,10 +114,11 @@ def _cold_wide(snapshot: ExpertSnapshot, precisions: PrecisionMap) -> Iterator[H
     yield Hint(
         "cold_wide",
         "info",
-        f"{num_found} experts with at most a quarter of the mean use are kept in wide formats (up to {wide:.1f} bits, "
-        f"{_megabytes(size)}); at the narrowest's {narrow:.1f} bits they would take {_megabytes(saved)} less.",
-        f"{num_found} 个使用量不超过平均值四分之一的专家保存在较宽的格式中（至多 {wide:.1f} 位，{_megabytes(size)}）；"
-        f"改为最窄的 {narrow:.1f} 位可节省 {_megabytes(saved)}。",
+        f"{'1 expert' if num_found == 1 else f'{num_found} experts'} with at most a quarter of the mean use "
+        f"{'is' if num_found == 1 else 'are'} kept in wide formats (up to {wide:.1f} bits, {human_bytes(size)}); "
+        f"at the narrowest's {narrow:.1f} bits that would be {human_bytes(saved)} less.",
+        f"{num_found} 个使用量不超过平均值四分之一的专家保存在较宽的格式中（至多 {wide:.1f} 位，{human_bytes(size)}）；"
+        f"改为最窄的 {narrow:.1f} 位可节省 {human_bytes(saved)}。",
         {
             "num_experts": num_found,
             "bytes": size,
@@ -136,7 +138,7 @@ def _unused(snapshot: ExpertSnapshot, num_tokens: int) -> Iterator[Hint]:
     yield Hint(
         "unused",
         "notice",
-        f"{num_found} of {num_all} experts were never used in {num_tokens} tokens.",
+        f"{num_found} of {num_all} experts {'was' if num_found == 1 else 'were'} never used in {num_tokens} tokens.",
         f"在 {num_tokens} 个词元中，{num_all} 个专家里有 {num_found} 个从未被使用。",
         {
             "num_experts": num_found,
@@ -224,7 +226,3 @@ def _drifted(drift: Mapping[str, Any]) -> Iterator[Hint]:
 def _listed(snapshot: ExpertSnapshot, is_found: Any) -> list[dict[str, int]]:
     cells = np.argwhere(is_found)[:MAX_LISTED].tolist()
     return [{"layer_id": snapshot.layer_ids[row], "expert_id": expert_id} for row, expert_id in cells]
-
-
-def _megabytes(size: int) -> str:
-    return f"{size / 1e6:.1f} MB"

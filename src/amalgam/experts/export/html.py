@@ -11,6 +11,7 @@ from datetime import UTC, datetime
 from html import escape
 from typing import Any
 
+from amalgam.base.sizes import human_bytes
 from amalgam.experts.export.png import heatmap_png
 from amalgam.experts.overview import Overview
 from amalgam.experts.statistics import describe_experts, relative_share
@@ -127,7 +128,7 @@ def _precisions(overview: Overview) -> str:
     if overview.precisions is None:
         return ""
     by_format = overview.precisions.bytes_by_format()
-    lines = [[name, f"{size / 1e6:,.1f} MB"] for name, size in by_format.items()]
+    lines = [[name, human_bytes(size)] for name, size in by_format.items()]
     return f"<h2>Precision of the experts</h2>{_table(['format', 'size'], lines)}"
 
 
