@@ -92,10 +92,12 @@ class FakeEngine:
 
     Attributes:
         held_at: requests wait after so many tokens, until this is None.
+        tokens_per_piece: a word comes with the last of so many tokens, as characters do that take several.
     """
 
     step_seconds: float = 0.0
     held_at: int | None = None
+    tokens_per_piece: int = 1
     max_queue: int = 8
     is_alive: bool = True
     is_stopped: bool = False
@@ -175,8 +177,9 @@ class FakeEngine:
                 usage = Usage(len(prompt_ids), count, 0.0, seconds, seconds, version_id)
                 reason = FinishReason.LENGTH if is_last else None
                 trace = fake_trace(len(prompt_ids) + count - 1) if is_last and observation.wants_trace else None
+                text = "" if (index + 1) % self.tokens_per_piece else f"w{index} "
                 output = RequestOutput(
-                    request_id, f"w{index} ", (index,), reason, usage=usage if is_last else None, trace=trace
+                    request_id, text, (index,), reason, usage=usage if is_last else None, trace=trace
                 )
                 self.meter.add_step(len(prompt_ids) if index == 0 else 0, 1)
                 if is_last:

@@ -108,17 +108,24 @@ def test_stream(client: httpx.Client) -> None:
     with client.stream("POST", "/generate", json={"prompt": "hi", "max_new_tokens": 3, "stream": True}) as response:
         assert response.headers["content-type"].startswith("text/event-stream")
         *pieces, last, done = events(response)
-    assert pieces == [{"text": "w0 "}, {"text": "w1 "}]
+    assert pieces == [{"text": "w0 ", "generated_tokens": 1}, {"text": "w1 ", "generated_tokens": 2}]
     assert last.keys() == FIGURES | {"text"}
     assert (last["text"], last["finish_reason"], last["total_tokens"]) == ("w2 ", "length", 5)
     assert last["timings"].keys() == TIMINGS
     assert done == "[DONE]"
 
 
+def test_events_count_tokens_whose_text_comes_later(client: httpx.Client, deployment: FakeDeployment) -> None:
+    deployment.engine.tokens_per_piece = 2
+    with client.stream("POST", "/generate", json={"prompt": "hi", "max_new_tokens": 5, "stream": True}) as response:
+        *told, _ = events(response)
+    assert [(event["text"], event["generated_tokens"]) for event in told] == [("w1 ", 2), ("w3 ", 4), ("", 5)]
+
+
 def test_a_stream_that_fails_ends_with_an_error_and_done(client: httpx.Client) -> None:
     with client.stream("POST", "/generate", json={"prompt": FAIL, "stream": True}) as response:
         first, error, done = events(response)
-    assert first == {"text": "w0 "}
+    assert first == {"text": "w0 ", "generated_tokens": 1}
     assert error["error"]["type"] == "internal_error"
     assert done == "[DONE]"
 

@@ -34,7 +34,7 @@ def test_a_stream_answers_at_once_and_says_that_it_lives(deployment: FakeDeploym
             assert [next(lines) for _ in range(3)] == [": keep-alive"] * 3
             deployment.engine.held_at = None
             rest = [line for line in lines if not line.startswith(":")]
-    assert json.loads(rest[0].removeprefix("data: ")) == {"text": "w0 "}
+    assert json.loads(rest[0].removeprefix("data: ")) == {"text": "w0 ", "generated_tokens": 1}
     assert rest[-1] == "data: [DONE]"
 
 

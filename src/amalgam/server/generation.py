@@ -115,7 +115,7 @@ def checked(output: RequestOutput) -> RequestOutput:
 
 def stream_events(
     outputs: OutputStream,
-    describe_output: Callable[[RequestOutput], dict[str, Any]],
+    describe_output: Callable[[RequestOutput, int], dict[str, Any]],
     request_id: str,
     comment_seconds: float,
 ) -> EventStream:
@@ -123,16 +123,17 @@ def stream_events(
 
     Args:
         outputs: of a request that has been taken.
-        describe_output: an output → the event's fields.
+        describe_output: an output, and how many tokens there are so far → the event's fields.
         request_id: named in the log and in the error event of an unexpected failure.
         comment_seconds: see `EventStream`.
     """
 
     async def events() -> AsyncGenerator[bytes]:
+        num_tokens = 0
         async for output in outputs:
-            checked(output)
+            num_tokens += checked(output).num_tokens
             if output.text or output.is_finished:
-                yield event(describe_output(output))
+                yield event(describe_output(output, num_tokens))
 
     def describe_error(error: Exception) -> bytes:
         return event(error_content(error, request_id))

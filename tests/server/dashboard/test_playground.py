@@ -31,10 +31,17 @@ def test_the_playground_streams_and_tells_errors(page: Page, demo_url: str) -> N
     assert page.text("#play-output").count("Tell me of the sea") == 2
     assert_clean(page, demo_url)
     page.choose("#play-mode", "text")
-    page.run("arguments[0].value = 'A text'", page.show("#play-prompt"))
+    told = "return document.querySelector('#playground .panel-error')?.textContent.includes(arguments[0])"
+    page.run("arguments[0].value = 'A text'.repeat(1000)", page.show("#play-prompt"))
+    page.click("#play-start")
+    page.wait(told, "prompt")  # the server's word
     page.run("arguments[0].value = '0'", page.show("#play-max"))
     page.click("#play-start")
-    page.wait("return document.querySelector('#playground .panel-error')?.textContent.includes('max_new_tokens')")
+    page.wait(told, "Max tokens is 0. Allowed: at least 1.")
+    page.show("#play-max").clear()
+    page.driver.find_element("css selector", "#play-max").send_keys("1e")
+    page.click("#play-start")
+    page.wait(told, "Max tokens is not a number.")
 
 
 @pytest.mark.usefixtures("without_charts")
@@ -124,4 +131,20 @@ def test_the_playground_stops(page: Page) -> None:
             assert "w4" in page.text("#play-output")
             deployment.engine.held_at = None
             page.wait("return document.querySelector('#play-used').textContent.includes(arguments[0])", caption)
+
+        # Tokens are counted, not the pieces of text, which may take several; one piece has no speed.
+        figures = "return document.querySelector('#play-figures').textContent.includes(arguments[0])"
+        deployment.engine.tokens_per_piece = 2
+        deployment.engine.held_at = 5
+        page.choose("#play-mode", "text")
+        page.run("arguments[0].value = 'Hello'", page.show("#play-prompt"))
+        page.click("#play-start")
+        page.wait("return document.querySelector('#play-output').textContent.includes('w3')")
+        page.click("#play-start")
+        page.wait(figures, "4 generated tokens")
+        deployment.engine.held_at = None
+        page.run("arguments[0].value = '2'", page.show("#play-max"))
+        page.click("#play-start")
+        page.wait(figures, "2 generated tokens")
+        assert "· – tokens/s" in page.text("#play-figures")
         assert_clean(page, url)

@@ -80,7 +80,8 @@ class GenerateBody(ObservedFields):
     prompt: str = Field(min_length=1)
     """The text to continue."""
     stream: bool = False
-    """Answer with server-sent events as the text comes, ended with `data: [DONE]`."""
+    """Answer with server-sent events as the text comes, ended with `data: [DONE]`. Each has the new `text` and the
+    `generated_tokens` so far; the last one has all fields of the answer beside its text."""
 
 
 class BatchGenerateBody(ObservedFields):
@@ -203,10 +204,10 @@ async def batch_generate(
     return await asyncio.to_thread(OrjsonResponse, {**result.model_dump(exclude_none=True), "details": details})
 
 
-def event_fields(output: RequestOutput) -> dict[str, Any]:
-    """The fields of one event of a stream; the last one has the figures."""
+def event_fields(output: RequestOutput, num_tokens: int) -> dict[str, Any]:
+    """The fields of one event of a stream, after `num_tokens` of the answer; the last one has the figures."""
     if output.usage is None or output.finish_reason is None:
-        return {"text": output.text}
+        return {"text": output.text, "generated_tokens": num_tokens}
     figures = CompletionFigures.of(output.usage, output.finish_reason)
     return {"text": output.text, **_with_experts(figures, output.trace)}
 

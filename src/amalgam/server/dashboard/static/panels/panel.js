@@ -55,6 +55,16 @@ export function control(label, node) {
   return h("label", { class: "field" }, h("span", { dataset: { i18n: label } }), node);
 }
 
+// What a field for numbers holds; undefined: nothing. What cannot be sent is an error in the field's own words and unit.
+export function numberOf(input) {
+  const { validity, value, min, max } = input;
+  const name = input.labels[0]?.textContent || input.getAttribute("aria-label");
+  if (validity.badInput) throw new Error(t("not_a_number", name));
+  if (validity.rangeOverflow) throw new Error(t("at_most", name, value, max));
+  if (validity.rangeUnderflow) throw new Error(t("at_least", name, value, min));
+  return value === "" ? undefined : Number(value);
+}
+
 export function note(text) {
   return h("p", { class: "note" }, text);
 }

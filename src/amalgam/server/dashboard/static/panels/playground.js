@@ -7,7 +7,7 @@ import * as format from "../format.js";
 import { CellGrid } from "../grid.js";
 import { onLanguage, t } from "../i18n.js";
 import { empty, pick, scale } from "../theme.js";
-import { control, frame, note, select } from "./panel.js";
+import { control, frame, note, numberOf, select } from "./panel.js";
 
 const SPEED_MS = 250;
 const BUSY_FACTOR = 9; // writing takes at most a tenth of the time
@@ -103,21 +103,26 @@ export function create() {
   }
 
   function sampling() {
-    const number = (node) => (node.value === "" ? undefined : Number(node.value));
     return {
-      max_new_tokens: number(maxTokens), temperature: number(temperature), top_p: number(topP), seed: number(seed),
+      max_new_tokens: numberOf(maxTokens), temperature: numberOf(temperature), top_p: numberOf(topP), seed: numberOf(seed),
       domain: (hasStatistics() && domain.value) || undefined,
     };
   }
 
   async function generate() {
     if (!prompt.value) return;
+    fill(message);
+    let options;
+    try {
+      options = { routed_experts: hasStatistics() || undefined, ...sampling() };
+    } catch (error) {
+      fail(error);
+      return;
+    }
     running = new AbortController();
     result = counts = null;
     used.hidden = true;
     figures.textContent = "";
-    fill(message);
-    const options = { routed_experts: hasStatistics() || undefined, ...sampling() };
     const said = prompt.value;
     let body;
     if (isChat()) {
@@ -134,12 +139,12 @@ export function create() {
     try {
       await stream(isChat() ? "dashboard/chat" : "generate", body, (event) => {
         if (event.error) throw new Error(event.error.message);
-        if (event.text) take(event.text, clock);
+        if (event.text) take(event, clock);
         if (event.finish_reason) last = event;
       }, { signal: running.signal });
     } catch (error) {
       if (error.name === "AbortError") last = { finish_reason: "cancelled" };
-      else fill(message, h("div", { class: "panel-error", role: "alert" }, error.message));
+      else fail(error);
       if (isChat() && !messages.at(-1).content) { // as if it had not been said
         messages.splice(-2);
         prompt.value = said;
@@ -150,22 +155,25 @@ export function create() {
       if (written) written.reason = last.finish_reason;
       showMode();
     }
-    if (!clock.pieces) return;
+    if (!clock.tokens) return;
     if (last.routed_experts) count(last.routed_experts.layer_ids, last.routed_experts.expert_ids);
     else await traceText();
-    const generated = last.generated_tokens ?? clock.pieces;
     result = {
-      promptTokens: last.prompt_tokens ?? null, generated, speed: clock.speed(generated), reason: last.finish_reason,
+      promptTokens: last.prompt_tokens ?? null, generated: last.generated_tokens ?? clock.tokens, speed: clock.speed, reason: last.finish_reason,
       waited: last.timings?.first_token_seconds ?? clock.waited,
     };
     redraw();
   }
 
-  function take(text, clock) {
+  function fail(error) {
+    fill(message, h("div", { class: "panel-error", role: "alert" }, error.message));
+  }
+
+  function take({ text, generated_tokens: tokens }, clock) {
     if (isChat()) messages.at(-1).content += text;
     else answer.text += text;
     pen.write(text);
-    if (clock.tick()) figures.textContent = t("speed", format.short(clock.speed(clock.pieces)));
+    if (clock.tick(tokens)) figures.textContent = t("speed", format.short(clock.speed));
   }
 
   function count(layerIds, experts, isAnswerOnly = false) {
@@ -183,7 +191,7 @@ export function create() {
       const trace = await post("experts/trace", { text });
       count(trace.layer_ids, trace.experts, isChat());
     } catch (error) {
-      fill(message, h("div", { class: "panel-error", role: "alert" }, error.message));
+      fail(error);
     }
   }
 
@@ -250,31 +258,32 @@ class Pen {
   }
 }
 
-// Times pieces of text as they come.
+// Times tokens as their text comes.
 class Stopwatch {
   constructor() {
-    this.pieces = 0;
+    this.tokens = 0; // so far
     this.begun = performance.now();
     this.shown = this.begun;
   }
 
-  // One more piece; tells now and then that it is time to show the speed.
-  tick() {
+  // A piece of text, with which there are so many tokens; tells now and then that it is time to show the speed.
+  tick(tokens) {
     this.latest = performance.now();
-    this.first ??= this.latest;
-    this.pieces += 1;
-    if (this.pieces < 2 || this.latest - this.shown < SPEED_MS) return false;
+    this.first ??= { at: this.latest, tokens };
+    this.tokens = tokens;
+    if (this.speed === null || this.latest - this.shown < SPEED_MS) return false;
     this.shown = this.latest;
     return true;
   }
 
   get waited() {
-    return (this.first - this.begun) / 1000;
+    return (this.first.at - this.begun) / 1000;
   }
 
-  // Tokens per second after the first, if `tokens` have come so far.
-  speed(tokens) {
-    return tokens > 1 ? ((tokens - 1) / (this.latest - this.first)) * 1000 : null;
+  // Tokens per second after the first piece; null where nothing came after it.
+  get speed() {
+    const { at, tokens } = this.first;
+    return this.tokens > tokens && this.latest > at ? ((this.tokens - tokens) / (this.latest - at)) * 1000 : null;
   }
 }
 

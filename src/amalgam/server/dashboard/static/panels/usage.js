@@ -7,7 +7,7 @@ import * as format from "../format.js";
 import { CellGrid, legend } from "../grid.js";
 import { onLanguage, t } from "../i18n.js";
 import { css, empty, pick, scale } from "../theme.js";
-import { caption, control, frame, select } from "./panel.js";
+import { caption, control, frame, numberOf, select } from "./panel.js";
 
 const OCTAVES = 3; // the scale ends at 8 times and an eighth of the even share
 const SPAN_MINUTES = 30; // until another is typed
@@ -97,7 +97,7 @@ export function create() {
     } else {
       const query = {
         measure: measure.value, phase: phase.value, label: label.value,
-        minutes: span.value === "other" ? minutes.value : span.value,
+        minutes: span.value === "other" ? numberOf(minutes) : span.value,
       };
       data = { kind: "use", answer: await getStatistics("experts/grid", query) };
       state.grid = data.answer;
