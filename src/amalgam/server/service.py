@@ -110,6 +110,7 @@ class Service:
         self.refusals = dict.fromkeys(REFUSALS, 0)  # answers that were errors; changed by the event loop only
         self.shared_answers = SharedAnswers()
         self.more_families: Callable[[], Iterable[Metric]] = tuple  # of figures, beside the server's own
+        self.started_at = time.time()  # Unix seconds, as the clock was set then
         self._started_at = time.monotonic()
         self._open_deployment = open_deployment
         self._deployment: Deployment | None = None

@@ -116,6 +116,25 @@ def test_the_page_says_when_the_server_is_silent(page: Page, monkeypatch: pytest
     may_go_on.set()
 
     def held_describe(service: Any) -> dict[str, Any]:
+@pytest.mark.usefixtures("without_charts")
+def test_another_process_is_noticed_however_long_it_has_been_up(page: Page, monkeypatch: pytest.MonkeyPatch) -> None:
+    describe, deployment = events.describe_event, LargeDeployment(*FEW)
+    process = {"started_at": 1.0, "uptime": 10.0}
+    monkeypatch.setattr(events, "INTERVAL_SECONDS", 0.3)
+    monkeypatch.setattr(events, "describe_event", lambda service: describe(service) | process)
+    with serving(fake_settings(port=0), lambda: deployment) as url:
+        wait_until_ready(url)
+        page.open(url + "/dashboard")
+        page.show("#memory")
+        page.wait("return document.querySelector('#memory-body').textContent.includes('int4')")
+        info = deployment.model_info()
+        info["precisions"] = {"int2": info["precisions"]["int4"]}
+        monkeypatch.setattr(deployment, "model_info", lambda: info)
+        process.update(started_at=2.0, uptime=20.0)
+        page.wait("return document.querySelector('#memory-body').textContent.includes('int2')")
+        assert_clean(page, url)
+
+
         may_go_on.wait()
         return describe(service)
 

@@ -148,7 +148,8 @@ def hub_of(state: Any, service: Service) -> EventHub:
 def describe_event(service: Service) -> dict[str, Any]:
     """The fields of one event. Any thread. `interval` is how many seconds later the next one comes.
 
-    Of the serving figures' history it holds the end: a page reads the rest once. `remapped_at` and `statistics_version`
+    `started_at` is another one once another process answers. Of the serving figures' history it holds the end: a page
+    reads the rest once. `remapped_at` and `statistics_version`
     change when there are new entries in `/remaps` and new counts. `change` is the change of
     the weights that is under way.
     """
@@ -156,6 +157,7 @@ def describe_event(service: Service) -> dict[str, Any]:
         "interval": INTERVAL_SECONDS,
         "status": service.status,
         "model": service.model_name,
+        "started_at": service.started_at,
         "uptime": service.uptime_seconds,
         "weight_version": service.weight_version,
         "remapped_at": None,

@@ -31,6 +31,7 @@ const FIRST_INTERVAL = 2; // seconds, until an event tells
 
 const panels = [];
 let isLoaded = false;
+let loadedFrom = null; // when the process started whose figures these are
 let isLoading = false;
 let connection = "connecting"; // then "open" or "lost"
 let liveAt = null; // when the latest event came from a server that serves, Unix seconds
@@ -134,17 +135,17 @@ async function onEvent(event) {
   showHeader();
   emit("event", event);
   const isReady = event.status === "healthy" || event.status === "draining";
-  const isRestarted = before && event.uptime < before.uptime;
-  if (isReady && (!isLoaded || isRestarted) && !isLoading) {
+  if (isReady && event.started_at !== loadedFrom && !isLoading) {
     isLoading = true;
     try {
       await load();
+      loadedFrom = event.started_at;
     } finally {
       isLoading = false;
     }
     return;
   }
-  if (!isLoaded) return;
+  if (!isReady || !isLoaded) return;
   if (event.remapped_at !== before?.remapped_at || event.weight_version !== before?.weight_version) {
     await Promise.all([loadInfo(), loadPrecision(), loadRemaps(), loadMapping()]);
   }
