@@ -20,7 +20,6 @@ export const state = {
   statistics: null, // GET /dashboard/statistics
   grid: null, // GET /experts/grid as the usage panel shows it
   precision: null, // GET /experts/precision_map
-  remaps: [],
   changes: [], // GET /weights/changes
   mapping: null, // GET /dashboard/mapping
   chosen: null, // {layerId, expertId}
@@ -47,8 +46,7 @@ export async function loadPrecision() {
 }
 
 export async function loadRemaps() {
-  const [{ remaps }, { changes }] = await Promise.all([get("remaps"), get("weights/changes")]);
-  Object.assign(state, { remaps, changes });
+  ({ changes: state.changes } = await get("weights/changes"));
   emit("remaps");
 }
 

@@ -57,7 +57,7 @@ export const WORDS = {
   kv_used: ["KV used", "KV 占用"],
   throughput: ["Throughput, tokens/s", "吞吐量（词元/秒）"],
   load: ["Requests and KV cache", "请求数与 KV 缓存"],
-  remap_mark: ["re-map to v{0}", "重映射至 v{0}"],
+  remap_mark: ["re-map to {0}", "重映射至 {0}"],
 
   usage: ["Expert use", "专家使用"],
   usage_hint_difference: ["Colour: share of the layer's use in A minus that in B. Click a cell for details.", "颜色：A 中占本层使用量减去 B 中的占比。点击格子查看专家。"],

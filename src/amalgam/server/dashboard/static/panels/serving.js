@@ -12,6 +12,7 @@ import { frame } from "./panel.js";
 const KEPT_SECONDS = 600;
 const STEP_SECONDS = 2;
 const LEAST_SECONDS = 120;
+const LETTER_PX = 7; // of a mark's label
 
 export function create() {
   const tiles = h("div", { class: "tiles" });
@@ -59,15 +60,16 @@ export function create() {
     const times = points.map((point) => format.plotTime(point.t));
     const start = Math.max(serving.now - KEPT_SECONDS, Math.min(points[0]?.t ?? Infinity, serving.now - LEAST_SECONDS));
     const range = [format.plotTime(start), format.plotTime(serving.now)];
-    const shown = state.remaps.filter((remap) => remap.ok && remap.at >= start);
+    const moves = state.changes.filter((change) => movesRequests(change) && change.ended_at >= Math.max(start, startedAt));
+    const secondsPerLetter = (LETTER_PX * (serving.now - start)) / (throughput.clientWidth || 1);
     const marks = {
-      shapes: shown.map((remap) => ({
-        type: "line", xref: "x", yref: "paper", x0: format.plotTime(remap.at), x1: format.plotTime(remap.at), y0: 0, y1: 1,
+      shapes: moves.map(({ ended_at: at }) => ({
+        type: "line", xref: "x", yref: "paper", x0: format.plotTime(at), x1: format.plotTime(at), y0: 0, y1: 1,
         line: { color: css("--mark"), width: 1.5, dash: "dot" },
       })),
-      annotations: shown.map((remap) => ({
-        xref: "x", yref: "paper", x: format.plotTime(remap.at), y: 1, yanchor: "top", xanchor: "left", showarrow: false,
-        text: `v${Number(remap.version)}`, font: { size: 10, color: css("--mark") }, hovertext: t("remap_mark", Number(remap.version)),
+      annotations: labelsOf(moves, secondsPerLetter).map(({ at, text, versions }) => ({
+        xref: "x", yref: "paper", x: format.plotTime(at), y: 1, yanchor: "top", xanchor: "left", showarrow: false,
+        text, font: { size: 10, color: css("--mark") }, hovertext: t("remap_mark", versions.join(", ")),
       })),
     };
     const line = (name, values, color, extra = {}) => ({
@@ -94,6 +96,27 @@ export function create() {
   on("remaps", redraw);
   const panel = { id: "serving", node, refresh, redraw };
   return [panel];
+}
+
+// Whether new requests have gone to other weights since: not for a version made, or named, beside the current one.
+function movesRequests({ kind, state: outcome, name }) {
+  return kind === "failed_version" || (outcome === "done" && !name && kind !== "start");
+}
+
+// One label for marks that are too close for one each.
+function labelsOf(moves, secondsPerLetter) {
+  const labels = [];
+  for (const { ended_at: at, version } of [...moves].sort((a, b) => a.ended_at - b.ended_at)) {
+    const last = labels.at(-1);
+    const name = `v${Number(version)}`;
+    if (last && at < last.at + secondsPerLetter * (last.text.length + 1)) {
+      last.versions.push(name);
+      last.text = `${last.versions[0]} … ${name}`;
+    } else {
+      labels.push({ at, text: name, versions: [name] });
+    }
+  }
+  return labels;
 }
 
 function kvShare(point, serving) {
