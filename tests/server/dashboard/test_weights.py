@@ -105,7 +105,7 @@ def test_versions_are_kept_compared_and_gone_back_to(page: Page, demo_url: str) 
     page.wait("return document.querySelector('#shadow-weights').textContent === arguments[0]", f"v{first} · plain")
     page.type("#shadow-share", "200")
     page.click("#shadow-begin")
-    page.wait(states, "#trials .panel-error", "share")
+    page.wait(states, "#trials .panel-error", "share, % is 200. Allowed: at most 100.")
     page.type("#shadow-share", "20")
     page.click("#shadow-begin")
     page.wait("return document.querySelectorAll('#trial-shadow .tile').length === 3")
@@ -149,3 +149,7 @@ def test_a_change_is_followed_and_cancelled(page: Page) -> None:
         page.show("#remaps")
         page.wait("return document.querySelectorAll('#remap-body td.warn').length === 1")
         assert page.complaints == []
+    page.wait(states, "#trial-shadow .note", "Undecided. Requests so far: 0; needed: 50.")
+    page.click("#language")
+    assert page.text("#trial-shadow .note") == "未定。 目前请求：0；需要：50。"
+    page.click("#language")

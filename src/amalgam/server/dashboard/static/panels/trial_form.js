@@ -1,21 +1,23 @@
 // What begins a canary or a shadow: the candidate, its share of the requests, and the limits of its checks.
 
 import { h, setOptions } from "../dom.js";
-import { control, select } from "./panel.js";
+import { control, numberOf, select } from "./panel.js";
 
-// Field → what the server's unit is multiplied with: shares are written in percent.
 const FIELDS = {
-  canary: { share: 100, min_requests: 1, max_error_increase: 100, max_slowdown: 1 },
-  shadow: { share: 100, min_requests: 1, max_divergence: 1, min_agreement: 100, max_slowdown: 1 },
+  canary: ["share", "min_requests", "max_error_increase", "max_slowdown"],
+  shadow: ["share", "min_requests", "max_divergence", "min_agreement", "max_slowdown"],
 };
+const SHARES = ["share", "max_error_increase", "min_agreement"]; // written in percent
 
-// begin(body, button): asks the server for it.
+// begin(bodyOf, button): asks the server for what `bodyOf()` gives, which fails where a field cannot be sent.
 export function createTrialForm(kind, begin) {
   const candidate = select(undefined, { id: `${kind}-weights` });
   const automatic = h("input", { type: "checkbox", id: `${kind}-automatic` });
-  const inputs = Object.keys(FIELDS[kind]).map((name) => [name, h("input", { class: "short", type: "number", min: 0, step: "any", id: `${kind}-${name}` })]);
+  const inputs = FIELDS[kind].map((name) => [name, h("input", {
+    class: "short", type: "number", min: 0, max: SHARES.includes(name) ? 100 : null, step: "any", id: `${kind}-${name}`,
+  })]);
   const button = h("button", { class: "primary", id: `${kind}-begin`, dataset: { i18n: `trial_begin_${kind}` } });
-  const form = h("form", { onsubmit: submit },
+  const form = h("form", { onsubmit: submit, novalidate: true }, // which would be told in the browser's language
     h("div", { class: "stage-form" },
       control("trial_candidate", candidate),
       inputs.map(([name, input]) => h("label", { class: "field" }, h("span", { dataset: { i18n: `trial_field_${name}` } }), input)),
@@ -26,8 +28,13 @@ export function createTrialForm(kind, begin) {
 
   function submit(event) {
     event.preventDefault();
-    const given = inputs.filter(([, input]) => input.value !== "").map(([name, input]) => [name, Number(input.value) / FIELDS[kind][name]]);
-    begin({ weights: candidate.value, automatic: automatic.checked, ...Object.fromEntries(given) }, button);
+    begin(body, button);
+  }
+
+  function body() {
+    const given = inputs.map(([name, input]) => [name, numberOf(input)]).filter(([, value]) => value !== undefined);
+    const fields = given.map(([name, value]) => [name, SHARES.includes(name) ? value / 100 : value]);
+    return { weights: candidate.value, automatic: automatic.checked, ...Object.fromEntries(fields) };
   }
 
   // versions: those that can be tried; null: nothing can be begun now.

@@ -6,7 +6,7 @@ import { get, post, request } from "../api.js";
 import { fill, h, table } from "../dom.js";
 import * as format from "../format.js";
 import { t } from "../i18n.js";
-import { frame, note } from "./panel.js";
+import { frame, note, numberOf } from "./panel.js";
 import { createTrialForm } from "./trial_form.js";
 
 const REFRESH_MS = 3000;
@@ -16,7 +16,7 @@ const WRITTEN = { agreement: (value) => format.percent(value, 2), error_increase
 
 export function create() {
   const parts = Object.fromEntries(KINDS.map((kind) => [kind, h("div", { id: `trial-${kind}` })]));
-  const forms = Object.fromEntries(KINDS.map((kind) => [kind, createTrialForm(kind, (body, button) => act(() => request("PUT", `weights/${kind}`, body), button))]));
+  const forms = Object.fromEntries(KINDS.map((kind) => [kind, createTrialForm(kind, (bodyOf, button) => act(() => request("PUT", `weights/${kind}`, bodyOf()), button))]));
   const failure = h("div");
   const body = h("div", {}, failure, h("div", { class: "two" }, KINDS.map((kind) => h("div", {}, parts[kind], forms[kind].node))));
   const node = frame("trials", "trials", "trials_hint", body);
@@ -62,7 +62,7 @@ export function create() {
         tile(t("trial_candidate"), `v${report.candidate}`, t("trial_beside", report.current)),
         tile(t("trial_state"), t(`trial_${report.state}`), report.automatic ? t("trial_automatic") : "", TONES[report.state]),
         tile(t("trial_share"), format.percent(report.share), counted(kind, report))),
-      h("p", { class: `note ${TONES[verdict.outcome] ?? ""}` }, h("b", {}, t(`trial_verdict_${verdict.outcome}`)), ` ${verdict.reason}`),
+      h("p", { class: `note ${TONES[verdict.outcome] ?? ""}` }, h("b", {}, t(`trial_verdict_${verdict.outcome}`)), ` ${reasonOf(kind, report)}`),
       report.reason && report.reason !== verdict.reason ? note(report.reason) : null,
       checks.length ? table(["trial_check", "trial_figure", "trial_interval", "trial_limit", "result"].map((word) => t(word)), checks.map(row)) : null,
       kind === "canary" ? arms(report) : times(report),
@@ -80,7 +80,7 @@ export function create() {
     const report = reports.canary;
     const input = h("input", { class: "short", type: "number", min: 0, max: 100, step: "any", value: String(100 * report.share), "aria-label": t("trial_share") });
     const { min_requests, max_error_increase, max_slowdown } = report.limits;
-    const body = () => ({ weights: report.candidate, share: Number(input.value) / 100, min_requests, max_error_increase, max_slowdown, automatic: report.automatic });
+    const body = () => ({ weights: report.candidate, share: (numberOf(input) ?? 100 * report.share) / 100, min_requests, max_error_increase, max_slowdown, automatic: report.automatic });
     const set = h("button", { type: "button", onclick: () => act(() => request("PUT", "weights/canary", body()), set) }, t("trial_set_share"));
     return [input, "%", set];
   }
@@ -94,10 +94,19 @@ export function create() {
   return [panel];
 }
 
+const numRequests = (kind, report) => (kind === "canary" ? report.arms.candidate.requests : report.requests);
+
 function counted(kind, report) {
-  return kind === "canary"
-    ? t("trial_requests", format.number(report.arms.candidate.requests))
-    : t("trial_compared", format.number(report.requests));
+  return t(kind === "canary" ? "trial_requests" : "trial_compared", format.number(numRequests(kind, report)));
+}
+
+// Why the verdict is what it is, as the server decides it, in the page's language. The figures are in the table below.
+function reasonOf(kind, { verdict, checks, limits, ...report }) {
+  const [count, least] = [numRequests(kind, report), limits.min_requests];
+  if (verdict.outcome === "undecided" && count < least) return t("trial_needs", format.number(count), format.number(least));
+  const decisive = { reject: "fail", undecided: "open", promote: "pass" }[verdict.outcome];
+  const names = checks.filter(({ outcome }) => outcome === decisive).map(({ name }) => t(`trial_check_${name}`));
+  return t(`trial_because_${decisive}`, names.join(t("comma")));
 }
 
 function row(check) {
