@@ -77,6 +77,13 @@ def test_a_server_that_counts_no_experts(page: Page, num_experts: int, reasons: 
             page.wait(explained, panel)
             assert page.text(f"#{panel} .panel-empty") == reasons[0]
         assert page.count(".panel-empty") == len(NEED_STATISTICS)
+        assert not page.run("return document.querySelector('#stage-add').checkVisibility()")
+        httpx.post(
+            url + "/update_weight_mapping", json={"weight_mapping": {"a": "base"}}, timeout=60
+        ).raise_for_status()
+        page.wait("return !document.querySelector('#stage-undo').disabled")
+        page.click("#stage-undo")
+        page.wait("return document.querySelector('#stage-outcome').textContent.startsWith('Undone. Version 3 is live')")
         page.show("#serving")
         page.wait("return document.querySelectorAll('#serving .tile').length === 6")
         assert "bf16" in page.text("#memory-body")
@@ -110,13 +117,6 @@ def test_the_page_says_when_the_server_is_gone(page: Page) -> None:
 
 
 @pytest.mark.usefixtures("without_charts")
-def test_the_page_says_when_the_server_is_silent(page: Page, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The connection stays open, and nothing comes; later the server is well again."""
-    may_go_on, describe = threading.Event(), events.describe_event
-    may_go_on.set()
-
-    def held_describe(service: Any) -> dict[str, Any]:
-@pytest.mark.usefixtures("without_charts")
 def test_another_process_is_noticed_however_long_it_has_been_up(page: Page, monkeypatch: pytest.MonkeyPatch) -> None:
     describe, deployment = events.describe_event, LargeDeployment(*FEW)
     process = {"started_at": 1.0, "uptime": 10.0}
@@ -135,6 +135,13 @@ def test_another_process_is_noticed_however_long_it_has_been_up(page: Page, monk
         assert_clean(page, url)
 
 
+@pytest.mark.usefixtures("without_charts")
+def test_the_page_says_when_the_server_is_silent(page: Page, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The connection stays open, and nothing comes; later the server is well again."""
+    may_go_on, describe = threading.Event(), events.describe_event
+    may_go_on.set()
+
+    def held_describe(service: Any) -> dict[str, Any]:
         may_go_on.wait()
         return describe(service)
 

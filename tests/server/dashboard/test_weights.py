@@ -50,6 +50,7 @@ def test_a_staged_change_goes_live_and_is_taken_back(page: Page, demo_url: str, 
     page.wait("return document.querySelector('#remap-body').textContent.includes(arguments[0])", f"v{version + 1}")
     page.show("#serving")
     page.wait("return document.querySelector('[data-chart=throughput]').layout?.shapes?.length > 0")
+    num_marks = page.run("return document.querySelector('[data-chart=throughput]').layout.shapes.length")
 
     # A restart would forget it, and the page says so; the file that it offers would not.
     page.wait("return document.querySelector('#stage-kept').textContent.includes('a restart undoes it')")
@@ -69,6 +70,38 @@ def test_a_staged_change_goes_live_and_is_taken_back(page: Page, demo_url: str, 
     assert httpx.get(demo_url + "/experts/precision_map", timeout=60).json()["sources"] == before
     page.wait("return document.querySelector('#stage-kept').textContent.startsWith('As configured')")
     assert page.run("return document.querySelector('#stage-undo').disabled")
+
+    # A version beside the current one: its name may be long, and no request has moved to it.
+    name = "n" * 64
+    page.click_cell("precision", 1, 4)
+    page.wait("return document.querySelector('#stage-count').textContent === '1 expert selected'")
+    ticks = "for (const box of document.querySelectorAll('#stage .boxes input')) box.click()"
+    page.run(ticks)
+    page.click("#stage-add")
+    assert page.text("#stage-outcome") == "No projection is ticked."
+    assert page.text("#stage-count") == "1 expert selected"
+    page.run(ticks)
+    page.click("#stage-add")
+    page.type("#stage-name", name)
+    page.wait("return document.querySelector('#stage-size') !== null")
+    for width in (360, 1440):
+        page.emulate(width, 900)
+        assert page.run("return document.documentElement.scrollWidth") <= width
+        inside = (
+            "return document.querySelector('#stage').contains(document.elementFromPoint(arguments[0], arguments[1]))"
+        )
+        edges = "const box = arguments[0].getBoundingClientRect(); return [box.right - 2, box.top + 8]"
+        assert page.run(inside, *page.run(edges, page.show("#stage-apply")))
+    page.click("#stage-apply")
+    page.wait("return document.querySelector('#stage-outcome').textContent.includes(arguments[0])", name)
+    page.emulate(360, 900)
+    assert page.run("return document.documentElement.scrollWidth") <= 360
+    page.wait("return document.querySelector('#remap-body').textContent.includes(arguments[0])", name)
+    layout = "document.querySelector('[data-chart=throughput]').layout"
+    page.show("#serving")
+    page.wait(f"return {layout}.shapes.length === arguments[0]", num_marks + 1)  # that of the undone change
+    assert page.run(f"return {layout}.annotations.at(-1).text").endswith(f" … v{version + 2}")  # both in one label
+    httpx.delete(f"{demo_url}/weights/named/{name}", timeout=60).raise_for_status()
     assert_clean(page, demo_url, refused="422")
 
 
@@ -82,12 +115,22 @@ def test_versions_are_kept_compared_and_gone_back_to(page: Page, demo_url: str) 
     page.wait(states, row.format(first, "td:nth-child(2)"), "current")
     page.click(row.format(first, "button"))  # pins it
     page.wait(states, row.format(first, "td:nth-child(2)"), "current, pinned")
+    page.click_cell("precision", 2, 7)
+    page.click_cell("precision", 2, 8, shift=True)
+    page.choose("#stage-source", "base")
+    page.click("#stage-add")
+    page.wait(states, "#stage-list tbody", "7–8int4 → base6")
     mapping = {"model.layers.2.mlp.experts.7.*": "base"}
-    httpx.post(demo_url + "/update_weight_mapping", json={"weight_mapping": mapping}, timeout=60).raise_for_status()
-    page.wait(states, row.format(first + 1, "td:nth-child(2)"), "current")
+    changed = httpx.post(demo_url + "/update_weight_mapping", json={"weight_mapping": mapping}, timeout=60)
+    second = changed.raise_for_status().json()["weight_version"]
+    page.wait(
+        "return document.querySelector('#stage-list td:nth-child(2)').textContent === '8'"
+    )  # 7 is as it was to be
+    page.show("#weights")
+    page.wait(states, row.format(second, "td:nth-child(2)"), "current")
     page.wait(states, row.format(first, "td:nth-child(2)"), "pinned")
     page.choose("#difference-before", str(first))
-    page.choose("#difference-after", str(first + 1))
+    page.choose("#difference-after", str(second))
     page.wait(states, "#difference tbody td:nth-child(2)", "int4 → base")
     assert page.text("#difference tbody td:nth-child(1)") == "3"
 
@@ -112,6 +155,10 @@ def test_versions_are_kept_compared_and_gone_back_to(page: Page, demo_url: str) 
     assert "20%" in page.text("#trial-shadow")
     report = httpx.get(demo_url + "/weights/shadow", timeout=60).json()
     assert (report["candidate"], report["share"], report["automatic"]) == (first, 0.2, False)
+    page.wait(states, "#trial-shadow .note", "Undecided. Requests so far: 0; needed: 50.")
+    page.click("#language")
+    assert page.text("#trial-shadow .note") == "未定。 目前请求：0；需要：50。"
+    page.click("#language")
     page.wait("return !document.querySelector('#shadow-begin').checkVisibility()")
     page.run("[...document.querySelectorAll('#trial-shadow button')].at(-1).click()")
     page.wait("return document.querySelector('#shadow-begin').checkVisibility()")
@@ -149,7 +196,3 @@ def test_a_change_is_followed_and_cancelled(page: Page) -> None:
         page.show("#remaps")
         page.wait("return document.querySelectorAll('#remap-body td.warn').length === 1")
         assert page.complaints == []
-    page.wait(states, "#trial-shadow .note", "Undecided. Requests so far: 0; needed: 50.")
-    page.click("#language")
-    assert page.text("#trial-shadow .note") == "未定。 目前请求：0；需要：50。"
-    page.click("#language")

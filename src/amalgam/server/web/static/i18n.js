@@ -19,9 +19,13 @@ export function language() {
   return current;
 }
 
+// {0} is the first value; {0|expert|experts} is a word for one thing or for another number of them.
 export function t(key, ...values) {
   const text = (WORDS[key] ?? COMMON[key])?.[current === "zh" ? 1 : 0] ?? key;
-  return text.replace(/\{(\d)\}/g, (_, index) => values[index] ?? "");
+  return text.replace(/\{(\d)(?:\|([^|}]*)\|([^|}]*))?\}/g, (_, index, one, many) => {
+    if (one === undefined) return values[index] ?? "";
+    return String(values[index]) === "1" ? one : many;
+  });
 }
 
 // The word for something that may have none, such as a server's own words.

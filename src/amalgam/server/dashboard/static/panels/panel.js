@@ -20,12 +20,13 @@ export function caption(node, word) {
   line.textContent = t(word);
 }
 
-// Puts one sentence, the word `reason`, in place of what a panel shows; null: shows it again.
+// Puts one sentence, the word `reason`, in place of what a panel shows, but for parts that are `always` there; null:
+// shows it again.
 export function explainEmpty(node, reason) {
   const body = node.querySelector(".panel-body");
   body.querySelector(":scope > .panel-empty")?.remove();
   node.classList.toggle("is-empty", reason !== null);
-  if (reason !== null) body.append(h("p", { class: "note panel-empty", dataset: { i18n: reason } }, t(reason)));
+  if (reason !== null) body.prepend(h("p", { class: "note panel-empty", dataset: { i18n: reason } }, t(reason)));
 }
 
 // Reads a panel again when the statistics have changed, at most every `everyMs`; the last change is never left out.

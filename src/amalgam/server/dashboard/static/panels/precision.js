@@ -47,11 +47,11 @@ export function create() {
   const stage = h("button", { type: "button", id: "stage-add", onclick: stageSelected });
   const apply = h("button", { type: "button", class: "primary", id: "stage-apply", onclick: applyStaged });
   const discard = h("button", { type: "button", onclick: () => { state.staged.clear(); emit("staged"); } });
-  const stageNode = frame("stage", "stage", null, h("div", {},
+  const stageNode = frame("stage", "stage", null, [h("div", {},
     h("p", {}, count), h("div", { class: "buttons" }, chooseHot, chooseCold, chooseLayer, clear),
     h("div", { class: "stage-form" }, boxHost, h("label", { class: "field" }, h("span", { dataset: { i18n: "take_from" } }), source), deviceField, stage),
-    h("h3", { dataset: { i18n: "staged" } }), list, plan.node, h("div", { class: "controls" }, control("stage_name", name)), h("div", { class: "buttons" }, apply, discard), outcome,
-    h("h3", { dataset: { i18n: "in_use" } }), kept, h("div", { class: "buttons" }, undo, save)), { wide: "side" });
+    h("h3", { dataset: { i18n: "staged" } }), list, plan.node, h("div", { class: "controls" }, control("stage_name", name)), h("div", { class: "buttons" }, apply, discard)),
+  h("div", { class: "always" }, outcome, h("h3", { dataset: { i18n: "in_use" } }), kept, h("div", { class: "buttons" }, undo, save))], { wide: "side" });
 
   let map = null; // of the grid: rows, formats by width, marks
   let selected = new Map(); // "row/expert" → [row, expert]
@@ -202,23 +202,46 @@ export function create() {
   }
 
   function stageSelected() {
+    const ticked = source.value ? map.projections.filter((projection) => boxes.get(projection).checked) : [];
+    if (!ticked.length && !device.value) {
+      tell(() => note(t(source.value ? "no_projection" : "no_change_chosen")));
+      return;
+    }
     let isAny = false;
     for (const [row, expertId] of selected.values()) {
       map.projections.forEach((projection, part) => {
-        const before = map.cell(row, expertId, part);
-        const change = {};
-        if (source.value && boxes.get(projection).checked && before.source !== source.value) change.source = source.value;
-        if (device.value && before.device !== device.value) change.device = device.value; // of the whole expert
-        const name = map.name(row, expertId, part);
-        if (boxes.get(projection).checked || device.value) state.staged.delete(name);
-        if (!name || !Object.keys(change).length) return;
-        state.staged.set(name, { name, layerId: map.layerIds[row], expertId, projection, change, before });
-        isAny = true;
+        const isTicked = ticked.includes(projection);
+        if (isTicked || device.value) state.staged.delete(map.name(row, expertId, part));
+        const wanted = { source: isTicked ? source.value : "", device: device.value }; // the device is the whole expert's
+        isAny = stageWeight(row, expertId, part, wanted) || isAny;
       });
     }
     tell(() => (isAny ? null : note(t("already"))));
-    selected = new Map();
+    if (isAny) selected = new Map();
     emit("staged");
+  }
+
+  // Stages what of `wanted`, {source, device}, a weight does not have yet. Returns whether that is anything.
+  function stageWeight(row, expertId, part, wanted) {
+    const name = map.name(row, expertId, part);
+    if (!name) return false;
+    const before = map.cell(row, expertId, part);
+    const change = Object.fromEntries(Object.entries(wanted).filter(([key, value]) => value && value !== before[key]));
+    if (!Object.keys(change).length) return false;
+    state.staged.set(name, { name, layerId: map.layerIds[row], expertId, projection: map.projections[part], change, before });
+    return true;
+  }
+
+  // Others may have changed meanwhile what is staged or selected here, or another model may be served.
+  function renewStaged() {
+    selected = new Map([...selected].filter(([, [row, expertId]]) => map.name(row, expertId, 0)));
+    const items = [...state.staged.values()];
+    state.staged.clear();
+    for (const { name, layerId, expertId, projection, change } of items) {
+      const [row, part] = [map.layerIds.indexOf(layerId), map.projections.indexOf(projection)];
+      if (map.name(row, expertId, part) === name) stageWeight(row, expertId, part, change);
+    }
+    if (items.length) emit("staged");
   }
 
   function showStaged() {
@@ -317,6 +340,7 @@ export function create() {
   on("precision", () => {
     plan.forget();
     adopt();
+    if (map) renewStaged();
     redraw();
   });
   on("info", adopt);
@@ -397,7 +421,7 @@ function readMap(answer) {
       format: answer.formats[row][expert][part], source: answer.sources[row][expert][part], bytes: answer.bytes[row][expert][part],
       device: device(row, expert),
     }),
-    name: (row, expert, part) => answer.names[row][expert][part],
+    name: (row, expert, part) => answer.names[row]?.[expert]?.[part],
   };
 }
 
