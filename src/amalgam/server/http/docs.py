@@ -12,14 +12,16 @@ from typing import Any
 
 import orjson
 
-CONTENT_SECURITY_POLICY = "default-src 'none'; style-src 'unsafe-inline'"
+CONTENT_SECURITY_POLICY = "default-src 'none'; style-src 'unsafe-inline'; img-src data:"
 
 _STYLE = """
 :root { color-scheme: light dark; --line: #8884; --soft: #8882; }
-body { font: 16px/1.5 system-ui, sans-serif; max-width: 60rem; margin: 2rem auto; padding: 0 1rem; }
+body { font: 16px/1.5 system-ui, sans-serif; max-width: 60rem; margin: 2rem auto; padding: 0 1rem;
+overflow-wrap: break-word; }
 code { font: 14px ui-monospace, monospace; } h2 { margin: 2.5rem 0 0; font-size: 1.1rem; }
 h2 code { font-size: 1.1rem; } h3 { font-size: .9rem; margin: 1rem 0 .2rem; }
-table { border-collapse: collapse; width: 100%; } th, td { text-align: left; vertical-align: top; padding: .3rem .6rem;
+.frame { overflow-x: auto; } table { border-collapse: collapse; width: 100%; }
+th, td { text-align: left; vertical-align: top; padding: .3rem .6rem;
 border-bottom: 1px solid var(--line); } th { font-weight: 600; background: var(--soft); }
 .method { display: inline-block; min-width: 3.2rem; font-weight: 700; }
 """
@@ -79,6 +81,7 @@ def render_docs(schema: dict[str, Any]) -> str:
     title = f"{escape(info['title'])} {escape(info['version'])}"
     return (
         f'<!doctype html><html lang="en"><head><meta charset="utf-8">'
+        '<link rel="icon" href="data:,">'  # so that browsers ask for no favicon.ico
         f'<meta name="viewport" content="width=device-width"><title>{title}</title><style>{_STYLE}</style></head>'
         f"<body><h1>{title}</h1><p>{escape(info.get('description', ''))} "
         f'The same as a schema: <a href="openapi.json">openapi.json</a>.</p>{sections}</body></html>'
@@ -100,7 +103,8 @@ def _table(title: str, fields: tuple[Field, ...]) -> str:
         for field in fields
     )
     default_head = "" if is_answer else "<th>Default</th>"
-    return f"<h3>{title}</h3><table><tr><th>Field</th><th>Type</th>{default_head}<th></th></tr>{rows}</table>"
+    table = f"<table><tr><th>Field</th><th>Type</th>{default_head}<th></th></tr>{rows}</table>"
+    return f'<h3>{title}</h3><div class="frame">{table}</div>'
 
 
 def _tables(operation: dict[str, Any], schema: dict[str, Any]) -> Iterator[tuple[str, tuple[Field, ...]]]:
