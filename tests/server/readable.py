@@ -44,5 +44,11 @@ UNREADABLE = f"""
         const text = texts.currentNode.data.slice(0, 20);
         if (ratio < 4.5) found.push(`${{node.className || node.tagName}} "${{text}}": ${{ratio.toFixed(2)}}`);
     }}
+    for (const node of document.querySelectorAll("[placeholder]:placeholder-shown")) {{
+        if (node.disabled || !node.checkVisibility()) continue;
+        const {{ color, opacity }} = getComputedStyle(node, "::placeholder");
+        const ratio = contrast(color, background(node));
+        if (ratio < 4.5 || opacity < 1) found.push(`placeholder "${{node.placeholder}}": ${{ratio.toFixed(2)}}`);
+    }}
     return [...new Set(found)];
 """

@@ -58,6 +58,33 @@ WORST_EXPERT_COLOR = f"""
         done(worst);
     }});
 """
+WORST_TONE = f"""
+    {CONTRAST}
+    const color = (name) => getComputedStyle(document.documentElement).getPropertyValue(name);
+    const tones = ["--text", "--muted", "--good", "--bad", "--warn"];
+    const worst = (tone) => Math.min(...["--panel", "--raised"].map((ground) => contrast(color(tone), color(ground))));
+    return Math.min(...tones.map(worst));
+"""
+NAMELESS_FIELDS = """
+    return [...document.querySelectorAll("input, select, textarea")]
+        .filter((node) => !node.labels.length && !node.getAttribute("aria-label")).map((node) => node.outerHTML);
+"""
+CUT_TEXTS = """
+    return [...document.querySelectorAll(".tile span, .tile b, .tile small")]
+        .filter((node) => node.checkVisibility() && node.scrollWidth > node.clientWidth)
+        .map((node) => node.textContent);
+"""
+LEGEND_IS_WHOLE = """
+    const chart = document.querySelector("[data-chart=load]");
+    const { bottom } = chart.querySelector(".legend .bg").getBoundingClientRect();
+    return [...chart.querySelectorAll(".legendtext")].every((text) => text.getBoundingClientRect().bottom <= bottom);
+"""
+WRITTEN_TIMES = """
+    const done = arguments[0];
+    import(new URL("format.js", document.querySelector("script[type=module]").src)).then((format) => {
+        done([Date.now() / 1000, 1e9].map(format.clock));
+    });
+"""
 NEED_STATISTICS = tuple(
     name
     for name in PANELS

@@ -2,11 +2,24 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 
 from tests.server.browser import Page
 from tests.server.conftest import serving
-from tests.server.dashboard.looking import FEW, UPDATE_OFTEN, WORST_EXPERT_COLOR, assert_clean, show_everything
+from tests.server.dashboard.looking import (
+    CUT_TEXTS,
+    FEW,
+    LEGEND_IS_WHOLE,
+    NAMELESS_FIELDS,
+    UPDATE_OFTEN,
+    WORST_EXPERT_COLOR,
+    WORST_TONE,
+    WRITTEN_TIMES,
+    assert_clean,
+    show_everything,
+)
 from tests.server.fakes import fake_settings
 from tests.server.large import LABELS, NUM_EXPERTS, NUM_LAYERS, LargeDeployment
 from tests.server.readable import UNREADABLE
@@ -38,6 +51,8 @@ def test_every_panel_is_fed_and_can_be_read_and_none_moves_when_a_cell_is_clicke
         page.wait("return document.documentElement.dataset.theme === arguments[0]", theme)
         assert page.run(UNREADABLE) == [], theme
         assert page.driver.execute_async_script(WORST_EXPERT_COLOR) >= 4.5, theme
+        assert page.run(WORST_TONE) >= 4.5, theme
+    assert page.run(NAMELESS_FIELDS) == []
     assert_clean(page, demo_url)
 
 
@@ -51,11 +66,23 @@ def test_languages_themes_and_a_telephone(page: Page, demo_url: str) -> None:
     page.open(demo_url + "/dashboard")  # both are remembered
     assert page.text("#usage h2") == "专家使用"
     assert page.run("return document.documentElement.dataset.theme") == "dark"
-    page.emulate(390, 844, is_mobile=True)
+    page.emulate(360, 800, is_mobile=True)
     show_everything(page)
-    assert page.run("return document.documentElement.scrollWidth") <= 390
+    assert page.run("return document.documentElement.scrollWidth") <= 360
+    for _ in range(2):  # in both languages
+        page.click("#language")
+        assert page.run(CUT_TEXTS) == []
+    assert (
+        page.run("return document.querySelector('#versions td:nth-child(6)').offsetWidth") >= 150
+    )  # words, no letters
+    page.wait(LEGEND_IS_WHOLE)
     page.click_cell("usage", 1, 1)
     page.wait("return document.querySelector('#expert-card h3')?.textContent === '第 1 层 · 专家 1'")
+    now, before = page.driver.execute_async_script(WRITTEN_TIMES)
+    assert re.fullmatch(r"[\d:]+", now) and before.startswith("2001年9月9日 ")
+    for path in ("/docs", "/experts/report"):
+        page.driver.get(demo_url + path)
+        assert page.run("return document.documentElement.scrollWidth") <= 360
     assert_clean(page, demo_url)
 
 

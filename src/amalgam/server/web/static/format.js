@@ -65,9 +65,15 @@ export function times(value) {
   return isMissing(value) ? NONE : `${value < 10 ? number(value, 2) : short(value)}×`;
 }
 
+// The time of day, with the date where that is not today's.
 export function clock(unixSeconds) {
   if (isMissing(unixSeconds)) return NONE;
-  return new Date(unixSeconds * 1000).toLocaleTimeString(language() === "zh" ? "zh-CN" : "en-GB");
+  const [moment, now] = [new Date(unixSeconds * 1000), new Date()];
+  const locale = language() === "zh" ? "zh-CN" : "en-GB";
+  const time = moment.toLocaleTimeString(locale);
+  if (moment.toDateString() === now.toDateString()) return time;
+  const year = moment.getFullYear() === now.getFullYear() ? undefined : "numeric";
+  return `${moment.toLocaleDateString(locale, { year, month: "short", day: "numeric" })} ${time}`;
 }
 
 // What plotly takes for a moment of local time.

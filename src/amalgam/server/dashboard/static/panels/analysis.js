@@ -186,11 +186,11 @@ function driftPanel() {
   const plot = h("div", { class: "chart chart-square", dataset: { chart: "drift" } });
   const figures = h("p", { class: "figures" });
   const message = h("div");
-  const name = h("input", { type: "text", maxlength: "100", pattern: "[A-Za-z0-9][A-Za-z0-9._\\-]*", id: "set-name", dataset: { i18nPlaceholder: "set_name" } });
+  const name = h("input", { type: "text", maxlength: "100", pattern: "[A-Za-z0-9][A-Za-z0-9._\\-]*", id: "set-name" });
   const keep = h("button", { type: "button", id: "set-save", dataset: { i18n: "save_set" }, onclick: () => save().catch(fail) });
   const node = frame("drift", "drift", "drift_hint", h("div", {},
     h("div", { class: "controls" }, control("now_side", now), control("reference_side", reference)), message, plot, figures,
-    h("div", { class: "buttons" }, name, keep)), { wide: "third" });
+    h("div", { class: "controls" }, control("set_name", name), keep)), { wide: "third" });
   let answer = null;
   let labels = [];
   let sets = [];

@@ -93,7 +93,7 @@ function row(decision) {
     h("td", { class: "num" }, format.number(decision.num_changed)),
     h("td", { class: "num" }, decision.expected_gain === null ? "–" : format.percent(-decision.expected_gain)),
     h("td", { class: "num" }, shadowed ? `${format.short(shadowed.now.value)} → ${format.short(shadowed.candidate.value)}` : "–"),
-    h("td", {}, decision.reason));
+    h("td", { class: "long" }, decision.reason));
 }
 
 function tile(name, value, detail = "") {

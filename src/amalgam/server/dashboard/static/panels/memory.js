@@ -72,11 +72,11 @@ function remapPanel() {
       ? table([t("when"), t("what"), t("version"), t("changed"), t("read"), t("took"), t("result")], [...changes].reverse().map((change) => h("tr", {},
         h("td", { class: "num" }, format.clock(change.started_at)),
         h("td", { title: change.what }, t(`kind_${change.kind}`)),
-        h("td", { class: "num" }, versionsOf(change)),
+        h("td", { class: change.name ? "long" : "num" }, versionsOf(change)),
         h("td", { class: "num" }, format.number(change.num_changed)),
         h("td", { class: "num" }, format.bytes(change.loaded_bytes)),
         h("td", { class: "num" }, format.seconds(change.seconds)),
-        h("td", { class: TONES[change.state] ?? "", title: change.error ?? "" }, change.error ?? t(`result_${change.state}`)))))
+        h("td", { class: `${TONES[change.state] ?? ""} ${change.error ? "long" : ""}`, title: change.error ?? "" }, change.error ?? t(`result_${change.state}`)))))
       : note(t("no_remaps")));
   }
 

@@ -65,7 +65,7 @@ export function changesTable(changes) {
     h("td", {}, [arrow(group.source_before, group.source_after), moved(group)].filter(Boolean).join(", ")),
     h("td", {}, arrow(group.format_before, group.format_after)),
     h("td", { class: "num" }, `${format.bytes(group.bytes_before)} → ${format.bytes(group.bytes_after)}`),
-    h("td", {}, group.examples[0] ?? ""));
+    h("td", { class: "long" }, group.examples[0] ?? ""));
   return table([t("weights_count"), t("source"), t("format"), t("size"), t("example")], changes.map(row));
 }
 

@@ -76,11 +76,11 @@ export function create() {
     const formats = Object.entries(item.bytes_by_format).map(([name, bytes]) => `${name} ${format.bytes(bytes)}`);
     return h("tr", { dataset: { version: item.version } },
       h("td", { class: "num", title: item.fingerprint }, `v${item.version}`),
-      h("td", {}, item.states.map((word) => t(`state_${word}`)).join(", "), item.names.map(nameTag)),
+      h("td", { class: item.names.length ? "long" : "" }, item.states.map((word) => t(`state_${word}`)).join(", "), item.names.map(nameTag)),
       h("td", { class: "num" }, format.number(item.requests)),
       h("td", { class: "num" }, format.bytes(item.bytes)),
       h("td", { class: "num" }, format.bytes(item.own_bytes)),
-      h("td", {}, formats.join(", ")),
+      h("td", { class: "long" }, formats.join(", ")),
       h("td", { class: "num" }, format.clock(item.created)),
       h("td", {}, h("div", { class: "buttons row-buttons" },
         isCurrent ? null : button("go_back", () => begin({ version: item.version })),
