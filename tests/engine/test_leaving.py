@@ -7,16 +7,25 @@ import random
 import signal
 import threading
 from collections import Counter
+from contextlib import aclosing
 from dataclasses import replace
 
 import pytest
 
 from amalgam.engine import core
 from amalgam.engine.params import SamplingParams
-from amalgam.engine.request import FinishReason, Request
+from amalgam.engine.request import FinishReason, Observation, PromptProgress, Request
 from amalgam.errors import PromptTooLongError
 from tests.engine.fakes import VOCAB_SIZE, FakeDecoder, FakeVersion, greedy_tokens, kv_cache_bytes
-from tests.engine.running import GREEDY, all_made, held_engine, is_at_rest, wait_until
+from tests.engine.running import (
+    GREEDY,
+    TINY_CACHE,
+    all_made,
+    held_engine,
+    is_at_rest,
+    random_prompts,
+    wait_until,
+)
 
 
 class TestCancelling:
@@ -47,6 +56,41 @@ class TestCancelling:
         decoder.gate.set()
         wait_until(lambda: is_at_rest(engine))
         assert not caplog.records
+
+    def test_what_was_computed_of_the_prompts_is_known(self, make_engine):
+        engine, decoder = held_engine(make_engine, max_step_tokens=16, max_batch_size=1)
+        running, waiting = PromptProgress(), PromptProgress()
+
+        async def leave():
+            streams = [
+                engine.stream([5] * 50, GREEDY, Observation(progress=progress)) for progress in (running, waiting)
+            ]
+            wait_until(lambda: running.num_tokens)
+            for stream in streams:
+                await stream.aclose()
+
+        asyncio.run(leave())
+        decoder.gate.set()
+        wait_until(lambda: is_at_rest(engine))
+        assert (running.num_tokens, waiting.num_tokens) == (16, 0)
+
+    def test_the_prompt_of_an_answer_was_computed_once_whatever_is_preempted(self, make_engine):
+        engine = make_engine(**TINY_CACHE)
+        prompts = random_prompts(20)
+        progresses = [PromptProgress() for _ in prompts]
+
+        async def answer(prompt_ids, progress):
+            async with aclosing(engine.stream(prompt_ids, GREEDY, Observation(progress=progress))) as outputs:
+                reasons = []
+                async for output in outputs:
+                    assert progress.num_tokens == len(prompt_ids)
+                    reasons.append(output.finish_reason)
+                return reasons[-1]
+
+        async def answer_all():
+            return await asyncio.gather(*map(answer, prompts, progresses))
+
+        assert set(asyncio.run(answer_all())) == {FinishReason.LENGTH}
 
     def test_slot_and_blocks_are_free_in_the_next_step(self, make_engine, submit):
         decoder = FakeDecoder()

@@ -93,11 +93,13 @@ class FakeEngine:
     Attributes:
         held_at: requests wait after so many tokens, until this is None.
         tokens_per_piece: a word comes with the last of so many tokens, as characters do that take several.
+        max_step_tokens: of a prompt, in the one step that it gets before that.
     """
 
     step_seconds: float = 0.0
     held_at: int | None = None
     tokens_per_piece: int = 1
+    max_step_tokens: int = MAX_SEQ_LENGTH
     max_queue: int = 8
     is_alive: bool = True
     is_stopped: bool = False
@@ -161,6 +163,7 @@ class FakeEngine:
         started, count = time.monotonic(), params.max_new_tokens
         try:
             for index in range(count):
+                self._compute(prompt_ids, observation)
                 await asyncio.sleep(self.step_seconds)
                 while (  # noqa: ASYNC110 – tests change these in other threads
                     self.held_at is not None and index >= self.held_at and self.is_alive and not self.is_stopped
@@ -207,10 +210,17 @@ class FakeEngine:
         self.running.add(request_id)
         self.max_running = max(self.max_running, len(self.running))
         try:
+            self._compute(prompt_ids, observation)
             await asyncio.sleep(self.step_seconds)
+            while self.held_at is not None:  # noqa: ASYNC110 – tests change it in other threads
+                await asyncio.sleep(0.002)
         finally:
             self.running.discard(request_id)
         return np.array([len(prompt_ids), prompt_ids[-1] if pooling == "last" else 0, 0], np.float32)
+
+    def _compute(self, prompt_ids: Sequence[int], observation: Observation) -> None:
+        if observation.progress is not None:
+            observation.progress.num_tokens = min(len(prompt_ids), self.max_step_tokens)
 
     def status(self) -> Any:
         return EngineStatus(

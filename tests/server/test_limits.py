@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import json
 import socket
 import time
 from collections.abc import Iterator
@@ -34,6 +35,12 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
     clock = Clock()
     monkeypatch.setattr(RateLimits.__init__, "__defaults__", (clock,))
     return clock
+
+
+def post(path: str, body: str) -> bytes:
+    """A request as it goes over the wire."""
+    head = f"POST {path} HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
+    return f"{head}Content-Length: {len(body)}\r\n\r\n{body}".encode()
 
 
 @contextmanager
@@ -115,6 +122,31 @@ def test_embeddings_that_wait_for_room_are_charged_once(clock: Clock) -> None:
         assert deployment.engine.max_running == 1
         refused = client.post("/v1/embeddings", json={"input": "x" * 999})
         assert refused.headers["x-ratelimit-remaining-tokens"] == "91"
+
+
+@pytest.mark.parametrize(
+    ("path", "body"),
+    [
+        ("/v1/embeddings", {"input": ["a" * 20, "b" * 20]}),
+        ("/v1/completions", {"model": "fake", "prompt": ["a" * 20, "b" * 20]}),
+        ("/v1/completions", {"model": "fake", "prompt": ["a" * 20, "b" * 20], "n": 2, "stream": True}),
+        ("/batch_generate", {"prompts": ["a" * 20, "b" * 20]}),
+    ],
+)
+def test_what_was_not_computed_of_a_client_s_prompts_that_has_left_is_not_charged(
+    clock: Clock, path: str, body: dict[str, Any]
+) -> None:
+    deployment = FakeDeployment()
+    engine = deployment.engine
+    engine.held_at, engine.max_step_tokens = 0, 7
+    num_requests = 2 * body.get("n", 1)
+    with server(deployment, tokens_per_minute=100) as client:
+        with socket.create_connection((client.base_url.host, client.base_url.port), timeout=60) as leaving:
+            leaving.sendall(post(path, json.dumps(body)))
+            wait_until(lambda: len(engine.running) == num_requests)
+        wait_until(lambda: not engine.running)
+        refused = client.post("/v1/embeddings", json={"input": "x" * 999})
+        assert refused.headers["x-ratelimit-remaining-tokens"] == "86"
 
 
 def test_each_key_has_its_own_limits(clock: Clock, tmp_path: Any) -> None:

@@ -28,6 +28,18 @@ if TYPE_CHECKING:
     from amalgam.text.stream import TextStream
 
 
+@dataclass(slots=True)
+class PromptProgress:
+    """How much of a prompt has been computed. The step thread writes it; anyone may read it, at any time.
+
+    Attributes:
+        num_tokens: from the prompt's beginning on, those of the step under way and those found in the prefix cache
+            included. It does not fall when the request is preempted.
+    """
+
+    num_tokens: int = 0
+
+
 @dataclass(frozen=True)
 class Observation:
     """What is observed of a request beside its answer: its experts, its times.
@@ -38,6 +50,7 @@ class Observation:
         is_counted: False keeps the request out of all expert statistics.
         arrived_at: by `time.monotonic`, when its text was there, which has become tokens since; None: with them.
         may_move: the weight version that it names was chosen for it: if that fails, another may answer.
+        progress: is kept up to date, so that it can be told of a request that ends early, too.
     """
 
     label: str | None = None
@@ -45,6 +58,7 @@ class Observation:
     is_counted: bool = True
     arrived_at: float | None = field(default=None, compare=False)
     may_move: bool = field(default=False, compare=False)
+    progress: PromptProgress | None = field(default=None, compare=False)
 
 
 class CheckedPrompt(tuple[int, ...]):

@@ -478,6 +478,8 @@ class Scheduler:
     def _share_of(self, request: Request, num_tokens: int) -> ScheduledRequest:
         """A share of `num_tokens` that the request has."""
         start = request.num_computed
+        if (progress := request.observation.progress) is not None:
+            progress.num_tokens = max(progress.num_tokens, min(start + num_tokens, request.num_prompt_tokens))
         needs_sample = start + num_tokens == len(request.token_ids)
         num_unrecorded = min(num_tokens, max(0, start + num_tokens - request.num_recorded))
         block_ids, state = tuple(request.block_ids), None

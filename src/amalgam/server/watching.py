@@ -12,10 +12,10 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Literal, TypeVar
 
 from amalgam.engine.params import MAX_PRIORITY, SamplingParams
-from amalgam.engine.request import FinishReason, Observation, RequestOutput
-from amalgam.errors import AmalgamError, OverloadedError, RequestError
+from amalgam.engine.request import FinishReason, Observation, PromptProgress, RequestOutput
+from amalgam.errors import AmalgamError
 from amalgam.server.http.keys import ForbiddenError
-from amalgam.server.http.record import RequestRecord, current_record
+from amalgam.server.http.record import PromptUse, RequestRecord, current_record
 from amalgam.server.interface import Deployment, Engine, OutputStream
 from amalgam.server.wrapping import WrappedDeployment, WrappedEngine
 
@@ -64,10 +64,10 @@ class _WatchedEngine(WrappedEngine):
         record = current_record.get()
         if record is None:
             return self.wrapped.stream(prompt_ids, params, observation, constraint, version)
-        params, observation = _with_priority(record, params), _with_arrival(record, observation)
+        params, progress = _with_priority(record, params), PromptProgress()
+        observation = _watched_by(record, progress, observation)
         outputs = self.wrapped.stream(prompt_ids, params, observation, constraint, version or record.weights)
-        _note_prompt(record, prompt_ids)
-        return _WatchedStream(outputs, record)
+        return _WatchedStream(outputs, record, record.prompt_use(prompt_ids), progress)
 
     async def embed(
         self,
@@ -86,23 +86,23 @@ class _WatchedEngine(WrappedEngine):
             _note_version(record, output)
             on_output(output)
 
-        version = version or record.weights
-        result = self.wrapped.embed(prompt_ids, pooling, _with_arrival(record, observation), version, note)
-        is_taken = True
+        version, progress = version or record.weights, PromptProgress()
+        observation = _watched_by(record, progress, observation)
+        result = self.wrapped.embed(prompt_ids, pooling, observation, version, note)
         try:
             return await _in_time(record, result)
-        except (OverloadedError, RequestError):
-            is_taken = False  # nothing is computed
-            raise
         finally:
-            if is_taken:
-                _note_prompt(record, prompt_ids)
+            record.add_prompt(PromptUse(prompt_ids), progress.num_tokens)
 
 
 class _WatchedStream:
-    def __init__(self, outputs: OutputStream, record: RequestRecord) -> None:
+    def __init__(
+        self, outputs: OutputStream, record: RequestRecord, prompt: PromptUse, progress: PromptProgress
+    ) -> None:
         self._outputs = outputs
         self._record = record
+        self._prompt = prompt
+        self._progress = progress
 
     def __aiter__(self) -> _WatchedStream:
         return self
@@ -112,6 +112,7 @@ class _WatchedStream:
             output = await self._outputs.__anext__()
         else:
             output = await _in_time(self._record, self._outputs.__anext__())
+        self._record.add_prompt(self._prompt, self._progress.num_tokens)
         _note_output(self._record, output)
         return output
 
@@ -120,6 +121,7 @@ class _WatchedStream:
 
     async def aclose(self) -> None:
         await self._outputs.aclose()
+        self._record.add_prompt(self._prompt, self._progress.num_tokens)  # no step begins with it after that
 
 
 def _with_priority(record: RequestRecord, params: SamplingParams) -> SamplingParams:
@@ -135,8 +137,8 @@ def _with_priority(record: RequestRecord, params: SamplingParams) -> SamplingPar
     return replace(params, priority=priority)
 
 
-def _with_arrival(record: RequestRecord, observation: Observation) -> Observation:
-    return replace(observation, arrived_at=record.received_at, may_move=record.may_move)
+def _watched_by(record: RequestRecord, progress: PromptProgress, observation: Observation) -> Observation:
+    return replace(observation, arrived_at=record.received_at, may_move=record.may_move, progress=progress)
 
 
 async def _in_time(record: RequestRecord, result: Awaitable[T]) -> T:
@@ -151,12 +153,6 @@ async def _in_time(record: RequestRecord, result: Awaitable[T]) -> T:
         raise RequestTimeoutError(
             "The request has taken longer than server.request_seconds.", remedy="Ask for fewer tokens."
         ) from None
-
-
-def _note_prompt(record: RequestRecord, prompt_ids: Sequence[int]) -> None:
-    if record.last_prompt is not prompt_ids:  # several samples of one prompt
-        record.last_prompt = prompt_ids
-        record.add_prompt_tokens(len(prompt_ids))
 
 
 def _note_version(record: RequestRecord, output: RequestOutput) -> None:

@@ -13,6 +13,14 @@ from typing import Any
 
 
 @dataclass(slots=True)
+class PromptUse:
+    """How much of one prompt the record has counted."""
+
+    prompt_ids: Sequence[int]
+    num_tokens: int = 0
+
+
+@dataclass(slots=True)
 class RequestRecord:
     """One request, until its answer has been sent. Belongs to the event loop.
 
@@ -21,7 +29,8 @@ class RequestRecord:
         caller: name of the key; empty without one.
         priority: of the key, which those of its requests are added to.
         may_overtake: whether a request may have a priority below the key's.
-        num_prompt_tokens: of all prompts that were computed for it; several samples of one prompt count once.
+        num_prompt_tokens: of all prompts, as far as they were computed for it; several samples of one prompt count
+            once.
         first_token_seconds: from the request's arrival.
         received_at: when its whole body was there, by the same clock.
         charge: takes tokens as they are used, for the caller's limit.
@@ -54,7 +63,19 @@ class RequestRecord:
     traceparent: str = ""  # of W3C Trace Context, as it came
     tracestate: str = ""
     charge: Callable[[int], None] | None = None
-    last_prompt: Sequence[int] = ()
+    last_prompt: PromptUse | None = None
+
+    def prompt_use(self, prompt_ids: Sequence[int]) -> PromptUse:
+        """For `add_prompt`; the same for several samples of one prompt, which come one after the other."""
+        if self.last_prompt is None or self.last_prompt.prompt_ids is not prompt_ids:
+            self.last_prompt = PromptUse(prompt_ids)
+        return self.last_prompt
+
+    def add_prompt(self, use: PromptUse, num_tokens: int) -> None:
+        """So many of a prompt's tokens have been computed by now."""
+        if num_tokens > use.num_tokens:
+            self.add_prompt_tokens(num_tokens - use.num_tokens)
+            use.num_tokens = num_tokens
 
     def add_prompt_tokens(self, count: int) -> None:
         self.num_prompt_tokens += count
