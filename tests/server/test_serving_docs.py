@@ -21,7 +21,7 @@ from amalgam.server.api.common import WeightsField
 from amalgam.server.api.openai.chat import ChatBody
 from amalgam.server.api.openai.completions import CompletionBody
 from amalgam.server.api.openai.embeddings import EmbeddingBody
-from amalgam.server.api.openai.refusing import REFUSED, RefusingBody
+from amalgam.server.api.openai.refusing import OpenAIBody
 from amalgam.server.api.openai.responses import ResponseBody
 from amalgam.server.api.openai.tokenize import DetokenizeBody, TokenizeBody
 from amalgam.server.api.weights.answers import PlanAnswer, RemapAnswer
@@ -47,14 +47,14 @@ def words_of(*pages: str) -> set[str]:
 
 
 @pytest.mark.parametrize("body", OPENAI, ids=lambda body: body.__name__)
-def test_openai_s_fields(body: type[RefusingBody]) -> None:
+def test_openai_s_fields(body: type[OpenAIBody]) -> None:
     named = words_of("openai.md")
     assert {field.alias or name for name, field in body.model_fields.items()} - named == set()
-    assert {*body.refused, *REFUSED} - named == set()
+    assert {*body.refused, *body.refused_everywhere} - named == set()
 
 
 def test_anthropic_s_fields() -> None:
-    assert set(MessagesBody.model_fields) - words_of("anthropic.md") == set()
+    assert {*MessagesBody.model_fields, *MessagesBody.refused} - words_of("anthropic.md") == set()
 
 
 @pytest.mark.parametrize(

@@ -435,6 +435,77 @@ class TestThinking:
         assert engine.constraints[0].start().num_valid(token_ids) == len(token_ids)
 
 
+class TestClients:
+    """What Anthropic's own clients send."""
+
+    def test_a_tool_runner(self, client: anthropic.Anthropic, engine: ScriptedEngine, tokenizer: Tokenizer) -> None:
+        engine.answer = CALL
+
+        def get_weather(city: str) -> str:
+            """Tells the weather."""
+            engine.answer = "It rains."
+            return f"rain in {city}"
+
+        runner = client.beta.messages.tool_runner(
+            model="fake", max_tokens=99, messages=HI, tools=[anthropic.beta_tool(get_weather)]
+        )
+        message = runner.until_done()
+        assert message.content[0].to_dict() == {"type": "text", "text": "It rains.", "citations": None}
+        assert prompt_of(engine, tokenizer).endswith("[tool]rain in Zürich[assistant]")
+
+    @pytest.mark.parametrize("thread", [{"type": "create"}, {"type": "continue", "previous_message_id": "msg_1"}])
+    def test_nothing_is_stored(self, client: anthropic.Anthropic, thread: dict[str, Any]) -> None:
+        with pytest.raises(anthropic.BadRequestError) as caught:
+            client.messages.create(model="fake", max_tokens=9, messages=HI, extra_body={"thread": thread})
+        assert caught.value.body["error"]["details"] == {
+            "error_code": "thread_unsupported_request", "unsupported": ["thread"],
+        }  # fmt: skip
+
+    @pytest.mark.parametrize(
+        "fields",
+        [
+            dict.fromkeys(
+                (
+                    *("billing_policy", "cache_control", "compaction", "container", "context_management"),
+                    *("diagnostics", "fallback_credit_token", "fallbacks", "inference_geo", "mcp_servers"),
+                    *("speed", "thread", "user_profile_id", "workspace_id"),
+                )
+            ),
+            {
+                "mcp_servers": [],
+                "fallbacks": [],
+                "inference_geo": "global",
+                "diagnostics": {"previous_message_id": None},
+            },
+            {"output_config": {"effort": None, "format": None, "task_budget": None}},
+            {"thinking": {"type": "adaptive", "display": None, "block_binding": {}}},
+            {"tools": [{**WEATHER, "input_examples": [], "cache_control": None, "type": None}]},
+        ],
+    )
+    def test_what_asks_for_nothing(
+        self, client: anthropic.Anthropic, engine: ScriptedEngine, fields: dict[str, Any]
+    ) -> None:
+        message = client.messages.create(model="fake", max_tokens=9, messages=HI, extra_body=fields)
+        assert message.stop_reason == "end_turn"
+
+    def test_a_call_of_the_model_itself(self, client: anthropic.Anthropic, engine: ScriptedEngine) -> None:
+        def ask(caller: dict[str, Any]) -> None:
+            call: Any = {
+                "type": "tool_use", "id": "t1", "name": "get_weather", "input": {}, "caller": caller,
+                "toolset_name": None,
+            }  # fmt: skip
+            result: Any = {"type": "tool_result", "tool_use_id": "t1", "content": "rain", "toolset_name": None}
+            messages: Any = [
+                *HI, {"role": "assistant", "content": [call]}, {"role": "user", "content": [result]},
+            ]  # fmt: skip
+            client.messages.create(model="fake", max_tokens=9, messages=messages)
+
+        ask({"type": "direct"})
+        with pytest.raises(anthropic.BadRequestError) as caught:
+            ask({"type": "code_execution_20250825", "tool_id": "x"})
+        assert "messages[1].content[0].caller.type" in caught.value.body["error"]["message"]
+
+
 class TestCounting:
     def test_tokens_of_a_prompt(self, client: anthropic.Anthropic, engine: ScriptedEngine) -> None:
         count = client.messages.count_tokens(model="fake", messages=HI, system="x", tools=[WEATHER])
@@ -477,7 +548,11 @@ class TestErrors:
                 "output_config.format",
             ),
             ({"extra_body": {"container": "c"}}, "container"),
-            ({"extra_body": {"mcp_servers": []}}, "mcp_servers"),
+            ({"extra_body": {"mcp_servers": [{"type": "url"}]}}, "mcp_servers"),
+            ({"extra_body": {"inference_geo": "us"}}, "inference_geo"),
+            ({"extra_body": {"output_config": {"task_budget": 5}}}, "output_config.task_budget"),
+            ({"extra_body": {"thinking": {"type": "adaptive", "block_binding": 5}}}, "thinking.block_binding"),
+            ({"extra_body": {"thread": {"type": "create"}}}, "thread"),
         ],
     )
     def test_what_is_wrong_is_named(self, client: anthropic.Anthropic, changes: dict[str, Any], named: str) -> None:

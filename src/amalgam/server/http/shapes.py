@@ -24,7 +24,7 @@ class Refusal:
         code: what kind of error; see `AmalgamError.code`.
         param: the field that it is about.
         cause: what is wrong with the field: a type of pydantic's errors.
-        details: what the native shape has beside the message.
+        details: what the shapes of this server and of Anthropic have beside the message.
     """
 
     status: int
@@ -96,7 +96,7 @@ def _code_of_field(refusal: Refusal) -> str:
 
 
 def anthropic(refusal: Refusal) -> tuple[int, dict[str, Any]]:
-    """`{"type": "error", "error": {"type", "message"}, "request_id"}`."""
+    """`{"type": "error", "error": {"type", "message", "details"?}, "request_id"}`."""
     status = 400 if refusal.status in (409, 415, 422) or refusal.code == "prompt_too_long" else refusal.status
     if refusal.code == "overloaded":
         status = OVERLOADED_STATUS
@@ -108,5 +108,7 @@ def anthropic(refusal: Refusal) -> tuple[int, dict[str, Any]]:
         429: "rate_limit_error",
         OVERLOADED_STATUS: "overloaded_error",
     }.get(status, "api_error" if status >= 500 else "invalid_request_error")
-    error = {"type": kind, "message": refusal.message}
+    error: dict[str, Any] = {"type": kind, "message": refusal.message}
+    if refusal.details:
+        error["details"] = refusal.details
     return status, {"type": "error", "error": error, "request_id": refusal.request_id or None}

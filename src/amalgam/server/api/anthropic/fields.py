@@ -2,7 +2,8 @@
 
 In: JSON. Out: checked objects. Must never know: templates, tokens.
 
-What is listed here is honoured; all else is refused, by its name, as are kinds of content that the model cannot read.
+What is declared here is honoured; all else is refused, by its name, as are kinds of content that the model cannot read.
+What stands in `refused` is accepted where its value asks for nothing, as clients send it.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from pydantic import BeforeValidator, ConfigDict, Field
 
 from amalgam.engine.params import MAX_STOP_CHARACTERS, MAX_STOP_STRINGS, MAX_TEMPERATURE
 from amalgam.server.api.common import MAX_INT, MAX_MESSAGES, MAX_PARTS, WeightsField
+from amalgam.server.api.refusing import Refused, RefusingBody
 from amalgam.server.http.body import Body
 
 MAX_TOOLS = 1024
@@ -33,7 +35,10 @@ class CacheControl(Body):
     ttl: Literal["5m", "1h"] = "5m"
 
 
-class Block(Body):
+TOOLSET = {"toolset_name": Refused("Tools that Anthropic runs are not here.")}
+
+
+class Block(RefusingBody):
     cache_control: CacheControl | None = None
 
 
@@ -44,12 +49,20 @@ class TextBlock(Block):
     """None: the model does not cite."""
 
 
+class DirectCaller(Body):
+    """The model: no program has called the tool."""
+
+    type: Literal["direct"]
+
+
 class ToolUseBlock(Block):
+    refused = TOOLSET
+
     type: Literal["tool_use"]
     id: str = Field(pattern=r"^[a-zA-Z0-9_-]+$")
     name: str = Field(min_length=1)
     input: dict[str, Any]
-    caller: None = None
+    caller: DirectCaller | None = None
 
 
 class ThinkingBlock(Body):
@@ -71,6 +84,8 @@ Texts = Annotated[
 
 
 class ToolResultBlock(Block):
+    refused = TOOLSET
+
     type: Literal["tool_result"]
     tool_use_id: str
     content: Texts = Field(default_factory=list)
@@ -108,6 +123,8 @@ Message = Annotated[UserMessage | AssistantMessage | SystemMessage, Field(discri
 
 
 class Tool(Block):
+    refused = {"input_examples": Refused("Say in the description how the tool is used.", ([],))}  # noqa: RUF012
+
     name: str = Field(pattern=_NAME)
     description: str = ""
     input_schema: dict[str, Any]
@@ -139,7 +156,13 @@ class NoTool(Body):
     type: Literal["none"]
 
 
-class ThinkingEnabled(Body):
+BLOCK_BINDING = {"block_binding": Refused("Thoughts are taken as they are.", ({},))}
+
+
+class ThinkingEnabled(RefusingBody):
+    refused = BLOCK_BINDING
+    place = "thinking."
+
     type: Literal["enabled"]
     budget_tokens: int = Field(ge=1, le=MAX_INT)
     """Most tokens of reasoning: then its end is forced. Told to the model too if its chat template has a
@@ -149,7 +172,10 @@ class ThinkingEnabled(Body):
     """omitted: the answer says that there was reasoning, without its text. Else all of it is shown."""
 
 
-class ThinkingAdaptive(Body):
+class ThinkingAdaptive(RefusingBody):
+    refused = BLOCK_BINDING
+    place = "thinking."
+
     type: Literal["adaptive"]
     display: Literal["summarized", "omitted"] = "summarized"
 
@@ -166,7 +192,10 @@ class JSONFormat(Body):
     schema_: dict[str, Any] = Field(alias="schema")
 
 
-class OutputConfig(Body):
+class OutputConfig(RefusingBody):
+    refused = {"task_budget": Refused("Set max_tokens.")}  # noqa: RUF012
+    place = "output_config."
+
     effort: Literal["low", "medium", "high", "xhigh", "max"] | None = None
     """For chat templates with a `reasoning_effort`."""
     format: JSONFormat | None = None
@@ -189,8 +218,25 @@ class Metadata(Body):
     """Nobody is told. While a candidate for the weights is tried, requests of one user get the same weights."""
 
 
-class PromptBody(Body):
+class PromptBody(RefusingBody):
     """What a prompt is made of."""
+
+    refused = {  # noqa: RUF012
+        "billing_policy": Refused("There are no bills.", ({"type": "billing_policy", "bill_to": "self"},)),
+        "compaction": Refused("The conversation is the client's to shorten."),
+        "container": Refused("Tools run at the client's."),
+        "diagnostics": Refused("Nothing is stored to compare with.", ({}, {"previous_message_id": None})),
+        "fallback_credit_token": Refused("There is one model."),
+        "fallbacks": Refused("There is one model.", ([],)),
+        "inference_geo": Refused("The answer is computed here.", ("global",)),
+        "mcp_servers": Refused("Tools run at the client's.", ([],)),
+        "thread": Refused(
+            "Nothing is stored here: send the whole conversation.",
+            details={"error_code": "thread_unsupported_request", "unsupported": ["thread"]},
+        ),
+        "user_profile_id": Refused("There are no profiles."),
+        "workspace_id": Refused("There are no workspaces."),
+    }
 
     model: str = Field(min_length=1, max_length=1024)
     """A name of the served model, see GET /v1/models."""

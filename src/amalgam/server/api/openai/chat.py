@@ -31,9 +31,10 @@ from amalgam.server.api.openai.conversation import (
 from amalgam.server.api.openai.documents import ChatAnswer, OpenAIErrorAnswer
 from amalgam.server.api.openai.fields import SamplingFields, check_together
 from amalgam.server.api.openai.messages import TEXT_ONLY, Message, check_continued, for_template
-from amalgam.server.api.openai.refusing import STORE, Refused, RefusingBody
+from amalgam.server.api.openai.refusing import STORE, OpenAIBody
 from amalgam.server.api.openai.tokens import TokenNames, chat_logprobs, prompt_logprobs, routed_experts
 from amalgam.server.api.openai.tools import MAX_TOOLS, FunctionTool, ToolChoice, tool_use
+from amalgam.server.api.refusing import Refused
 from amalgam.server.api.variables import template_variables
 from amalgam.server.choices import Choices, Collected
 from amalgam.server.dependencies import Admission, RequestId, ServiceArgument
@@ -58,7 +59,7 @@ Metadata = Annotated[
 ]
 
 
-class Thinking(RefusingBody):
+class Thinking(OpenAIBody):
     place = "thinking."
     refused = {  # noqa: RUF012
         "clear_thinking": Refused("The chat template says which thoughts of earlier messages the model sees."),

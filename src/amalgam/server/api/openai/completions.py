@@ -24,8 +24,8 @@ from amalgam.server.api.openai.answers import Head, TokenCounts, reason_of, stre
 from amalgam.server.api.openai.documents import CompletionAnswer, OpenAIErrorAnswer
 from amalgam.server.api.openai.fields import SamplingFields
 from amalgam.server.api.openai.prompts import EncodedPrompts, Prompts, TokenIds, encode_prompts
-from amalgam.server.api.openai.refusing import Refused
 from amalgam.server.api.openai.tokens import LegacyLogprobs, TokenNames, prompt_logprobs, routed_experts
+from amalgam.server.api.refusing import Refused
 from amalgam.server.choices import Choices, Collected, Wanted
 from amalgam.server.dependencies import Admission, RequestId, ServiceArgument
 from amalgam.server.events import event

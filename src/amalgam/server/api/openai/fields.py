@@ -21,7 +21,8 @@ from amalgam.engine.params import (
 from amalgam.engine.request import Observation
 from amalgam.errors import RequestError, describe
 from amalgam.server.api.common import MAX_INT, CommonSampling, WeightsField, neutral_defaults
-from amalgam.server.api.openai.refusing import Refused, RefusingBody
+from amalgam.server.api.openai.refusing import OpenAIBody
+from amalgam.server.api.refusing import Refused
 from amalgam.server.http.body import Body
 from amalgam.server.service import Service
 from amalgam.text.grammar import Grammar
@@ -32,7 +33,7 @@ MAX_SAMPLES = 128  # as OpenAI has it
 JSONSchema = Annotated[Any, WithJsonSchema({"type": "object", "description": "A JSON schema"})]
 
 
-class StreamOptions(RefusingBody):
+class StreamOptions(OpenAIBody):
     place = "stream_options."
     refused = {  # noqa: RUF012
         "include_obfuscation": Refused("Events are not padded.", (False,))
@@ -54,7 +55,7 @@ class JSONSchemaFormat(Body):
     description: str | None = None
 
 
-class ResponseFormat(RefusingBody):
+class ResponseFormat(OpenAIBody):
     place = "response_format."
 
     type: Literal["text", "json_object", "json_schema"]
@@ -72,7 +73,7 @@ class ResponseFormat(RefusingBody):
         return Grammar("json_object", "") if self.type == "json_object" else None
 
 
-class StructuredOutputs(RefusingBody):
+class StructuredOutputs(OpenAIBody):
     """What the answer must look like, as vLLM has it; one of them."""
 
     place = "structured_outputs."
@@ -126,7 +127,7 @@ def _one_grammar(given: Mapping[str, Any]) -> Grammar | None:
     return None
 
 
-class ModelField(RefusingBody):
+class ModelField(OpenAIBody):
     model: str | None = Field(default=None, max_length=512)
     """The served model's name, as `GET /v1/models` lists it."""
     user: str | None = None

@@ -16,7 +16,8 @@ from pydantic import Discriminator, Field, Tag
 from amalgam.errors import RequestError, UnsupportedError, describe
 from amalgam.server.api.common import MAX_PARTS
 from amalgam.server.api.openai.messages import ContentPart
-from amalgam.server.api.openai.refusing import Refused, RefusingBody
+from amalgam.server.api.openai.refusing import OpenAIBody
+from amalgam.server.api.refusing import Refused
 from amalgam.text.answers.contract import AnswerDelta, ContentDelta, ReasoningDelta, ToolCallDelta
 
 
@@ -29,7 +30,7 @@ ItemStatus = Literal["in_progress", "completed", "incomplete"]
 Event = dict[str, Any]
 
 
-class _Item(RefusingBody):
+class _Item(OpenAIBody):
     refused = {  # noqa: RUF012
         "phase": Refused("It says nothing to the model."),
         "caller": Refused("Tools are called by the model itself.", ({"type": "direct"},)),
@@ -61,7 +62,7 @@ class FunctionCallOutputItem(_Item):
     output: Content
 
 
-class ReasoningText(RefusingBody):
+class ReasoningText(OpenAIBody):
     type: Literal["reasoning_text", "summary_text"]
     text: str
 

@@ -12,14 +12,15 @@ from pydantic import Field, model_validator
 
 from amalgam.errors import RequestError, UnsupportedError, describe
 from amalgam.server.api.common import MAX_CALLS, MAX_PARTS
-from amalgam.server.api.openai.refusing import CACHE_CONTROL, Refused, RefusingBody
+from amalgam.server.api.openai.refusing import CACHE_CONTROL, OpenAIBody
+from amalgam.server.api.refusing import Refused
 from amalgam.server.http.body import Body
 
 TEXT_ONLY = "The model takes text only."
 _TEXT_PARTS = {"text": "text", "input_text": "text", "output_text": "text", "refusal": "refusal"}  # type → its text
 
 
-class ContentPart(RefusingBody):
+class ContentPart(OpenAIBody):
     inside: ClassVar[str] = "messages"  # the request's field
     refused = CACHE_CONTROL | {
         "annotations": Refused("They say nothing to the model.", ([],)),
@@ -68,7 +69,7 @@ class ToolCall(Body):
     """As in the chunks of a stream; not needed."""
 
 
-class Message(RefusingBody):
+class Message(OpenAIBody):
     refused = CACHE_CONTROL | {
         "audio": Refused(TEXT_ONLY),
         "function_call": Refused("Functions are called through tool_calls."),

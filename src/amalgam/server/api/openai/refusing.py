@@ -1,38 +1,14 @@
 """Fields that OpenAI's interface has and this server refuses by name, unless their value asks for nothing.
 
-In: a request's JSON. Out: the same without them. Must never know: what the other fields mean.
+In: nothing. Out: the fields, and the base of bodies that refuse them. Must never know: what the other fields mean.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
-from pydantic import model_validator
-
-from amalgam.errors import UnsupportedError, describe
-from amalgam.server.http.body import Body
-
-
-@dataclass(frozen=True)
-class Refused:
-    """Why a field is refused, and the values that are accepted because they ask for nothing; null always is."""
-
-    why: str
-    neutral: tuple[Any, ...] = ()
-
-    def check(self, name: str, value: Any) -> None:
-        """
-        Raises:
-            UnsupportedError: naming the field, its value, and what is allowed.
-        """
-        if value is None or any(type(value) is type(item) and value == item for item in self.neutral):
-            return
-        allowed = " or ".join(describe(item) for item in self.neutral)
-        remedy = f"{self.why} Leave it out{f', or give {allowed}' if allowed else ''}."
-        raise UnsupportedError(f"{name} is {describe(value)}, and not supported.", remedy=remedy, param=name)
-
+from amalgam.server.api.refusing import Refused, RefusingBody
 
 _NOT_STORED = Refused("Nothing is stored here.", (False,))
 _NO_CODE = "A request cannot bring code or templates along."
@@ -65,29 +41,10 @@ REFUSED: Mapping[str, Refused] = {
 }
 
 
-class RefusingBody(Body):
-    """A body that refuses, by name and with the reason, the fields in `REFUSED` and in its own `refused`.
+class OpenAIBody(RefusingBody):
+    """A body that refuses the fields in `REFUSED`, and in its own `refused`."""
 
-    Attributes:
-        place: of an object in the request, `reasoning.`: its fields are named with it.
-    """
-
-    refused: ClassVar[Mapping[str, Refused]] = {}
-    place: ClassVar[str] = ""
-
-    @model_validator(mode="before")
-    @classmethod
-    def _refuse(cls, data: Any) -> Any:
-        if not isinstance(data, dict) or data.keys() <= cls.model_fields.keys():
-            return data
-        kept = {}
-        for name, value in data.items():
-            refused = None if name in cls.model_fields else cls.refused.get(name) or REFUSED.get(name)
-            if refused is None:
-                kept[name] = value
-            else:
-                refused.check(cls.place + name, value)
-        return kept
+    refused_everywhere: ClassVar[Mapping[str, Refused]] = REFUSED
 
 
 STORE = {"store": _NOT_STORED}

@@ -33,9 +33,10 @@ from amalgam.server.api.openai.conversation import (
 from amalgam.server.api.openai.documents import OpenAIErrorAnswer, ResponseAnswer
 from amalgam.server.api.openai.fields import JSONSchema, SamplerFields
 from amalgam.server.api.openai.items import Event, InputItem, OutputItems, as_messages
-from amalgam.server.api.openai.refusing import Refused, RefusingBody
+from amalgam.server.api.openai.refusing import OpenAIBody
 from amalgam.server.api.openai.tokens import TokenNames, chat_logprobs
 from amalgam.server.api.openai.tools import MAX_TOOLS, FunctionFields, ToolChoice, tool_use
+from amalgam.server.api.refusing import Refused
 from amalgam.server.api.variables import takes_effort, template_variables
 from amalgam.server.dependencies import Admission, RequestId, ServiceArgument
 from amalgam.server.events import EventStream, event
@@ -53,7 +54,7 @@ INCLUDED_LOGPROBS = "message.output_text.logprobs"
 router = APIRouter(route_class=StrictRoute, tags=["openai"], responses=OpenAIErrorAnswer.RESPONSES)
 
 
-class TextFormat(RefusingBody):
+class TextFormat(OpenAIBody):
     place = "text.format."
 
     type: Literal["text", "json_object", "json_schema"]
@@ -75,13 +76,13 @@ class TextFormat(RefusingBody):
         return Grammar("json_object") if self.type == "json_object" else None
 
 
-class TextOptions(RefusingBody):
+class TextOptions(OpenAIBody):
     place = "text."
 
     format: TextFormat | None = None
 
 
-class ReasoningOptions(RefusingBody):
+class ReasoningOptions(OpenAIBody):
     place = "reasoning."
     refused = {  # noqa: RUF012
         "summary": Refused("Reasoning is shown as it is, not summarized.", ("auto",)),
@@ -91,7 +92,7 @@ class ReasoningOptions(RefusingBody):
     effort: Effort | None = None
 
 
-class ResponseStreamOptions(RefusingBody):
+class ResponseStreamOptions(OpenAIBody):
     place = "stream_options."
     refused = {  # noqa: RUF012
         "include_obfuscation": Refused("Events are not padded.", (False,))

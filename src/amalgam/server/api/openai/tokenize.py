@@ -23,8 +23,8 @@ from amalgam.server.api.openai.documents import (
 )
 from amalgam.server.api.openai.fields import ModelField
 from amalgam.server.api.openai.messages import Message, check_continued, for_template
-from amalgam.server.api.openai.refusing import Refused
 from amalgam.server.api.openai.tools import MAX_TOOLS, FunctionTool, tool_use
+from amalgam.server.api.refusing import Refused
 from amalgam.server.api.variables import template_variables
 from amalgam.server.dependencies import Admission, ServiceArgument
 from amalgam.server.encoding import Prompt, TextPrompt

@@ -13,7 +13,7 @@ from pydantic import Field, WithJsonSchema
 
 from amalgam.errors import RequestError, UnsupportedError, describe
 from amalgam.server.api.common import ToolUse, check_tools_length
-from amalgam.server.api.openai.refusing import CACHE_CONTROL, RefusingBody
+from amalgam.server.api.openai.refusing import CACHE_CONTROL, OpenAIBody
 from amalgam.server.http.body import Body
 
 MAX_TOOLS = 128  # as OpenAI has it
@@ -124,7 +124,7 @@ def _wrong_choice(choice: Any) -> RequestError:
     )
 
 
-class FunctionTool(RefusingBody):
+class FunctionTool(OpenAIBody):
     """A tool as chat completions have it."""
 
     refused = CACHE_CONTROL
