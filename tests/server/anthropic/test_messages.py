@@ -361,6 +361,91 @@ class TestTools:
         assert block.type == "text" and block.text.startswith('get_weather({"city": "')
 
 
+CUT = CALL[: CALL.index("}}")]
+
+
+@pytest.mark.parametrize(
+    ("reason", "stopped_by", "ends"),
+    [
+        (FinishReason.STOP, "}", ("stop", "incomplete", None, "stop_sequence")),
+        (FinishReason.STOP, None, ("stop", "incomplete", None, "end_turn")),
+        (FinishReason.LENGTH, None, ("length", "incomplete", "max_output_tokens", "max_tokens")),
+        (FinishReason.CONTENT_FILTER, None, ("content_filter", "incomplete", "content_filter", "refusal")),
+    ],
+)
+class TestCalls:
+    """That are cut, in each interface: by a stop string, by the model, by a limit, by a filter."""
+
+    @pytest.fixture(autouse=True)
+    def _cut(self, engine: ScriptedEngine, reason: FinishReason, stopped_by: str | None) -> None:
+        engine.answer, engine.reason, engine.stopped_by = CUT, reason, stopped_by
+
+    def chat(self, url: str, *, stream: bool) -> list[dict[str, Any]]:
+        tools = [{"type": "function", "function": {"name": "get_weather", "parameters": WEATHER["input_schema"]}}]
+        body = {"messages": HI, "tools": tools, "stream": stream}
+        return answers_of(httpx.post(url + "/v1/chat/completions", json=body, timeout=60))
+
+    def responses(self, url: str, *, stream: bool) -> list[dict[str, Any]]:
+        tools = [{"type": "function", "name": "get_weather", "parameters": WEATHER["input_schema"]}]
+        body = {"model": "fake", "input": "hi", "tools": tools, "stream": stream}
+        return answers_of(httpx.post(url + "/v1/responses", json=body, timeout=60))
+
+    def test_chat(self, url: str, ends: tuple[Any, ...]) -> None:
+        [answer] = self.chat(url, stream=False)
+        [choice] = answer["choices"]
+        assert choice["message"]["content"] == 'get_weather({"city": "Zürich"'
+        assert "tool_calls" not in choice["message"]
+        assert choice["finish_reason"] == ends[0]
+
+    def test_a_stream_of_chat(self, url: str, ends: tuple[Any, ...]) -> None:
+        chunks = self.chat(url, stream=True)
+        assert [chunk["choices"][0]["finish_reason"] for chunk in chunks][-1] == ends[0]
+
+    @pytest.mark.parametrize("stream", [False, True])
+    def test_responses(self, url: str, ends: tuple[Any, ...], stream: bool) -> None:
+        last = self.responses(url, stream=stream)[-1]
+        response = last["response"] if stream else last
+        [call] = response["output"]
+        assert (call["type"], call["status"]) == ("function_call", "incomplete")
+        assert (response["status"], response["incomplete_details"]["reason"]) == ends[1:3]
+        if stream:
+            assert last["type"] == "response.incomplete"
+
+    @pytest.mark.parametrize("stream", [False, True])
+    def test_messages(self, url: str, ends: tuple[Any, ...], stopped_by: str | None, stream: bool) -> None:
+        body = {
+            "model": "fake", "max_tokens": 99, "messages": HI, "tools": [WEATHER], "stream": stream,
+            "stop_sequences": [stopped_by] if stopped_by else [],
+        }  # fmt: skip
+        answers = answers_of(httpx.post(url + "/v1/messages", json=body, timeout=60))
+        if stream:
+            assert [answer["delta"]["stop_reason"] for answer in answers if answer["type"] == "message_delta"] == [
+                ends[3]
+            ]
+        else:
+            assert answers[0]["stop_reason"] == ends[3]
+            assert [block["type"] for block in answers[0]["content"]] == ["text"]
+
+    def test_calls_before_it_stay(self, url: str, engine: ScriptedEngine, ends: tuple[Any, ...]) -> None:
+        engine.answer = CALL + CUT
+        [answer] = self.chat(url, stream=False)
+        [choice] = answer["choices"]
+        [call] = choice["message"]["tool_calls"]
+        assert json.loads(call["function"]["arguments"]) == {"city": "Zürich"}
+        assert choice["message"]["content"] == 'get_weather({"city": "Zürich"'
+        assert choice["finish_reason"] == ("tool_calls" if ends[0] == "stop" else ends[0])
+        [answer] = self.responses(url, stream=False)
+        assert [item["status"] for item in answer["output"]] == ["completed", "incomplete"]
+
+
+def answers_of(response: httpx.Response) -> list[dict[str, Any]]:
+    """The answer, or the events of its stream."""
+    if response.headers["content-type"] == "application/json":
+        return [response.json()]
+    lines = [line.removeprefix("data: ") for line in response.text.splitlines() if line.startswith("data: ")]
+    return [json.loads(line) for line in lines if line != "[DONE]"]
+
+
 class TestThinking:
     def test_the_template_is_told(
         self, client: anthropic.Anthropic, engine: ScriptedEngine, tokenizer: Tokenizer

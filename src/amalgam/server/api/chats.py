@@ -6,8 +6,10 @@ In: a prompt, tools, the form that the answer must have; outputs. Out: token ids
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from amalgam.engine.params import ThinkingLimit
 from amalgam.engine.request import RequestOutput
@@ -112,6 +114,20 @@ def _mark_ids(tokenizer: Tokenizer, mark: str) -> tuple[int, ...]:
     return tuple(token_ids)
 
 
+def arguments_of(text: str) -> dict[str, Any] | None:
+    """The arguments of a call; None: the text is no JSON object, because the answer was cut off or the model erred."""
+    try:
+        found = json.loads(text)
+    except (ValueError, RecursionError):
+        return None
+    return found if isinstance(found, dict) else None
+
+
+def call_as_text(name: str, arguments: str) -> str:
+    """A call that is not complete, as content."""
+    return f"{name}({arguments}"
+
+
 class AnswerReader:
     """The outputs of one answer → its deltas.
 
@@ -120,7 +136,6 @@ class AnswerReader:
 
     Attributes:
         num_reasoning_tokens: tokens so far that gave reasoning, or ended it.
-        has_called: a tool.
         is_beyond: what comes now is no part of the answer any more.
     """
 
@@ -130,7 +145,7 @@ class AnswerReader:
         self._is_parallel = is_parallel
         self._num_pending = 0  # tokens that have not shown yet what they belong to
         self.num_reasoning_tokens = 0
-        self.has_called = False
+        self._arguments: dict[int, list[str]] = {}  # of each call so far, in pieces
         self.is_beyond = False
 
     def read(self, output: RequestOutput, *, keeps_stop: bool = False) -> list[AnswerDelta]:
@@ -149,8 +164,16 @@ class AnswerReader:
         if not self._is_parallel:
             deltas = self._up_to_second_call(deltas)
         self._count(output.num_tokens, deltas)
-        self.has_called = self.has_called or any(isinstance(delta, ToolCallDelta) for delta in deltas)
+        for delta in deltas:
+            if isinstance(delta, ToolCallDelta):
+                self._arguments.setdefault(delta.index, []).append(delta.arguments)
         return deltas
+
+    @property
+    def has_called(self) -> bool:
+        """Whether the answer has called a tool, and each of its calls is complete. To be asked at its end."""
+        calls = ["".join(pieces) for pieces in self._arguments.values()]
+        return bool(calls) and all(arguments_of(call) is not None for call in calls)
 
     def _up_to_second_call(self, deltas: list[AnswerDelta]) -> list[AnswerDelta]:
         kept: list[AnswerDelta] = []

@@ -6,10 +6,10 @@ In: `AnswerDelta`s. Out: blocks and events of Anthropic's interface. Must never 
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Iterator
 from typing import Any
 
+from amalgam.server.api.chats import arguments_of, call_as_text
 from amalgam.text.answers.contract import AnswerDelta, ContentDelta, ReasoningDelta, ToolCallDelta
 
 JSON = dict[str, Any]
@@ -23,7 +23,7 @@ class Blocks:
 
     Attributes:
         content: the blocks so far.
-        has_called: a tool.
+        has_called: a tool, with a call that is complete.
     """
 
     def __init__(self, *, shows_reasoning: bool) -> None:
@@ -74,7 +74,7 @@ class Blocks:
             self._digest = hashlib.sha256()
         else:
             block = {"type": "tool_use", "id": delta.id, "name": delta.name, "input": {}}
-            self._arguments, self.has_called = "", True
+            self._arguments = ""
         self.content.append(block)
         return self._event("content_block_start", content_block=dict(block))
 
@@ -86,15 +86,13 @@ class Blocks:
         return {"type": "input_json_delta", "partial_json": delta.arguments} if delta.arguments else None
 
     def _set_input(self, block: JSON) -> None:
-        """The call's arguments; as text where they are no object, because the answer was cut or the model erred."""
-        try:
-            found = json.loads(self._arguments or "{}")
-        except (ValueError, RecursionError):
-            found = None
-        if isinstance(found, dict):
-            block["input"] = found
+        """The call's arguments; a call that is not complete becomes text."""
+        found = arguments_of(self._arguments)
+        if found is not None:
+            block["input"], self.has_called = found, True
         else:
-            self.content[-1] = {"type": "text", "text": f"{block['name']}({self._arguments}", "citations": None}
+            text = call_as_text(block["name"], self._arguments)
+            self.content[-1] = {"type": "text", "text": text, "citations": None}
 
     def _event(self, kind: str, **fields: Any) -> JSON:
         return {"type": kind, "index": len(self.content) - 1, **fields}

@@ -181,8 +181,6 @@ class _Answer:
                     yield fields
                 if self.stop_reason is not None:
                     break
-        for fields in self.blocks.close():
-            yield fields
         ended = {"stop_reason": self.stop_reason, "stop_sequence": self.stop_sequence}
         yield {
             "type": "message_delta",
@@ -203,6 +201,8 @@ class _Answer:
             self.version = output.usage.version or self.version  # 0: it never ran
         for delta in self.reader.read(output):
             yield from self.blocks.add(delta)
+        if self.reader.is_beyond or output.is_finished:
+            yield from self.blocks.close()
         if self.reader.is_beyond:
             self.stop_reason = "tool_use"
         elif output.is_finished:

@@ -237,6 +237,7 @@ class _Answering:
             await self._choices.aclose()
         counts = self._counts()
         for index, item in enumerate(collected):
+            parts[index].finish()
             counts.num_new_tokens += item.num_tokens
             counts.num_reasoning_tokens += readers[index].num_reasoning_tokens
             assert item.usage is not None

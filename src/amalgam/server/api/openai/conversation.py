@@ -11,7 +11,7 @@ from dataclasses import dataclass, field, replace
 
 from amalgam.engine.params import SamplingParams
 from amalgam.engine.request import Observation
-from amalgam.server.api.chats import AnswerReader, encode_chat
+from amalgam.server.api.chats import AnswerReader, arguments_of, call_as_text, encode_chat
 from amalgam.server.api.common import ToolUse
 from amalgam.server.choices import Choices, Wanted
 from amalgam.server.service import Service
@@ -85,6 +85,13 @@ class Parts:
                 call = self.calls.setdefault(delta.index, {"id": delta.id, "name": "", "arguments": ""})
                 call["name"] += delta.name or ""
                 call["arguments"] += delta.arguments
+
+    def finish(self) -> None:
+        """Nothing follows: calls that are not complete become content."""
+        for index, call in list(self.calls.items()):
+            if arguments_of(call["arguments"]) is None:
+                del self.calls[index]
+                self.content = (self.content or "") + call_as_text(call["name"], call["arguments"])
 
 
 def chat_token_limit(service: Service, *limits: int | None) -> int:

@@ -14,6 +14,7 @@ from orjson import Fragment
 from pydantic import Discriminator, Field, Tag
 
 from amalgam.errors import RequestError, UnsupportedError, describe
+from amalgam.server.api.chats import arguments_of
 from amalgam.server.api.common import MAX_PARTS
 from amalgam.server.api.openai.messages import ContentPart
 from amalgam.server.api.openai.refusing import OpenAIBody
@@ -149,10 +150,12 @@ class OutputItems:
 
     Attributes:
         finished: those that have ended.
+        is_cut: a call among them is not complete.
     """
 
     def __init__(self) -> None:
         self.finished: list[dict[str, Any]] = []
+        self.is_cut = False
         self._open: dict[str, Any] | None = None
         self._text: list[str] = []
         self._logprobs: list[Fragment] = []
@@ -221,6 +224,8 @@ class OutputItems:
         text = "".join(self._text)
         if item["type"] == "function_call":
             item["arguments"] = text
+            if arguments_of(text) is None:
+                status, self.is_cut = "incomplete", True
             yield self._about("response.function_call_arguments.done", name=item["name"], arguments=text)
         else:
             part = self._part()

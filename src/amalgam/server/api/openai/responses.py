@@ -266,7 +266,7 @@ class _Answering:
 
     @property
     def _status(self) -> Literal["completed", "incomplete"]:
-        return "completed" if self._why_incomplete is None else "incomplete"
+        return "incomplete" if self._why_incomplete is not None or self.items.is_cut else "completed"
 
     @property
     def _why_incomplete(self) -> str | None:
