@@ -649,6 +649,30 @@ class TestErrors:
         assert named in caught.value.body["error"]["message"]
         assert caught.value.request_id
 
+    @pytest.mark.parametrize(
+        ("role", "block", "named"),
+        [
+            ("user", {"type": "text", "text": "a", "foo": 1}, "content[0].foo' is not a field"),
+            ("user", {"type": "text", "text": 5}, "content[0].text is 5."),
+            ("user", {"type": "text"}, "content[0].text is required."),
+            ("user", {"type": "text", "text": "a", "cache_control": {"type": "x"}}, "content[0].cache_control.type is"),
+            ("assistant", {"type": "thinking", "thinking": "a", "foo": 1}, "content[0].foo' is not a field"),
+            ("assistant", {"type": "tool_use", "id": "a", "name": "", "input": {}}, "content[0].name is ''."),
+            (
+                "user",
+                {"type": "tool_result", "tool_use_id": "a", "content": [{"type": "text", "text": "a", "foo": 1}]},
+                "content[0].content[0].foo' is not a field",
+            ),
+        ],
+    )
+    def test_the_field_of_a_block_is_named(
+        self, client: anthropic.Anthropic, role: str, block: dict[str, Any], named: str
+    ) -> None:
+        messages: Any = [*HI, {"role": role, "content": [block]}]
+        with pytest.raises(anthropic.BadRequestError) as caught:
+            client.messages.create(model="fake", max_tokens=9, messages=messages)
+        assert f"messages[1].{named}" in caught.value.body["error"]["message"]
+
     def test_only_its_own_paths_have_its_shape(self, url: str) -> None:
         assert httpx.post(url + "/v1/messages/nothing", timeout=60).json()["type"] == "error"
         answer = httpx.post(url + "/v1/messagesX", timeout=60)

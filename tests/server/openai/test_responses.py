@@ -117,6 +117,13 @@ def test_text_formats(client: openai.OpenAI) -> None:
         ({"input": [{"role": "user", "content": [{"type": "input_image", "image_url": "x"}]}]}, "input"),
         ({"reasoning": {"summary": "detailed"}}, "reasoning.summary"),
         ({"n": 2}, "n"),
+        ({"input": 5}, "input"),
+        ({"input": [{"role": "user", "content": "x", "foo": 1}]}, "input[0].foo"),
+        (
+            {"input": [{"role": "user", "content": [{"type": "input_text", "text": "x", "foo": 1}]}]},
+            "input[0].content[0].foo",
+        ),
+        ({"input": [{"type": "function_call", "call_id": "a", "name": "b"}]}, "input[0].arguments"),
     ],
 )
 def test_what_is_refused_by_name(client: openai.OpenAI, fields: dict[str, Any], param: str) -> None:

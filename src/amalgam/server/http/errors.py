@@ -29,6 +29,7 @@ from amalgam.server.http.shapes import Refusal, Shape, native, shape_for
 
 RETRY_AFTER_SECONDS = 5
 MAX_REPORTED_ERRORS = 3
+MAX_COMPARED_ERRORS = 32
 MAX_NAME_CHARS = 120
 
 
@@ -129,7 +130,7 @@ def register_error_handlers(app: FastAPI, pages: AbstractSet[str]) -> None:
 
     async def on_validation_error(request: Request, error: Exception) -> OrjsonResponse:
         assert isinstance(error, RequestValidationError)
-        items = error.errors()
+        items = _without_other_kinds(error.errors(), error.body)
         names = _field_names(request)
         messages = [_explain(item, error.body, names) for item in items[:MAX_REPORTED_ERRORS]]
         if len(items) > MAX_REPORTED_ERRORS:
@@ -166,16 +167,49 @@ def _parameter(item: Mapping[str, Any], body: Any) -> str:
         body: of the request; None: there is none.
     """
     where, *path = item["loc"]
-    body = body if where == "body" else None
-    name, value = "", body
-    for place, part in enumerate(path, 1):
-        is_there = isinstance(value, dict) and part in value
-        is_entry = isinstance(value, list) and isinstance(part, int) and part < len(value)
-        is_missing = item["type"] == "missing" and place == len(path)
-        if is_there or is_entry or is_missing or body is None:
-            name += f"[{part}]" if isinstance(part, int) else f"{'.' if name else ''}{part}"
-            value = value[part] if is_there or is_entry else None
-    return name[:MAX_NAME_CHARS] or "body"
+    if where != "body" or body is None:
+        return _written(path)
+    _, _, steps = _found(path, body, item)
+    return _written(steps) or "body"
+
+
+def _found(path: Sequence[str | int], value: Any, item: Mapping[str, Any]) -> tuple[bool, int, list[str | int]]:
+    """The steps of `path` that lead into `value`, after whether they end at the item's value, and their number.
+
+    A tag may be spelt as a key that is there, so that both are tried: the reading that ends at the right place counts.
+    """
+    if not path:
+        is_end = item["type"] != "missing" and (value is item["input"] or value == item["input"])
+        return is_end, 0, []
+    first, rest = path[0], path[1:]
+    readings = [_found(rest, value, item)]
+    is_key = isinstance(value, dict) and first in value
+    if is_key or (isinstance(value, list) and isinstance(first, int) and first < len(value)):
+        is_end, num_steps, steps = _found(rest, value[first], item)
+        readings.append((is_end, num_steps + 1, [first, *steps]))
+    elif item["type"] == "missing" and not rest and isinstance(value, dict):
+        readings.append((True, 1, [first]))
+    return max(readings, key=lambda reading: reading[:2])
+
+
+def _written(steps: Sequence[str | int]) -> str:
+    name = ""
+    for step in steps:
+        name += f"[{step}]" if isinstance(step, int) else f"{'.' if name else ''}{step}"
+    return name[:MAX_NAME_CHARS]
+
+
+def _without_other_kinds(items: Sequence[Mapping[str, Any]], body: Any) -> list[Mapping[str, Any]]:
+    """Where a value may be of several kinds, and is of one: what is wrong within it, and not that it is none of the
+    others, which comes close to it.
+    """
+    names = [_parameter(item, body) for item in items[:MAX_COMPARED_ERRORS]]
+
+    def is_other_kind(index: int) -> bool:
+        within = (f"{names[index]}.", f"{names[index]}[")
+        return items[index]["type"].endswith("_type") and any(name.startswith(within) for name in names)
+
+    return [item for index, item in enumerate(items) if index >= len(names) or not is_other_kind(index)]
 
 
 def _field_names(request: Request) -> list[str]:
