@@ -6,7 +6,8 @@ translate an error without knowing it. A message says what is wrong, names the o
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 
@@ -32,6 +33,16 @@ class AmalgamError(Exception):
         self.remedy = remedy
         self.param = param
         self.details = dict(details or {})
+
+
+@contextmanager
+def about(param: str) -> Iterator[None]:
+    """What is wrong with a request inside is wrong with its field `param`, unless the error names another."""
+    try:
+        yield
+    except (RequestError, UnsupportedError) as error:
+        error.param = error.param or param
+        raise
 
 
 class ConfigError(AmalgamError):

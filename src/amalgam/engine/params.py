@@ -243,5 +243,7 @@ def check_param_ids(params: SamplingParams, vocab_size: int) -> None:
         for token_id in token_ids:
             if token_id >= vocab_size:
                 raise RequestError(
-                    f"{name} names token {token_id}.", remedy=f"Allowed: an integer from 0 to {vocab_size - 1}."
+                    f"{name} names token {token_id}.",
+                    remedy=f"Allowed: an integer from 0 to {vocab_size - 1}.",
+                    param=name,
                 )

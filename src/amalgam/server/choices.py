@@ -23,8 +23,6 @@ if TYPE_CHECKING:
     from amalgam.models.routing import RoutingTrace
     from amalgam.text.grammar import CompiledGrammar
 
-FIELD = "prompt"  # that prompts stand in
-
 
 @dataclass(frozen=True)
 class Wanted:
@@ -33,12 +31,14 @@ class Wanted:
     Attributes:
         num_samples: of each prompt; sample i has `seed + i` if there is a seed.
         constraint: what every answer has to look like.
+        prompt_field: of the request, that has the prompts.
     """
 
     params: SamplingParams
     num_samples: int
     observation: Observation
     constraint: CompiledGrammar | None = None
+    prompt_field: str = "prompt"
 
     def of_sample(self, index: int) -> SamplingParams:
         seed = self.params.seed
@@ -77,7 +77,7 @@ class Choices:
             OverloadedError: there is no room for the first prompt's samples.
             RequestError, UnavailableError: see `Engine.stream`.
         """
-        check_lengths(engine, prompts_ids, FIELD)
+        check_lengths(engine, prompts_ids, wanted.prompt_field)
         choices = cls(engine, prompts_ids, wanted, max_in_flight)
         try:
             await choices._submit_next()
@@ -138,7 +138,7 @@ class Choices:
         index, wanted = self._num_submitted, self._wanted
         streams: list[OutputStream] = []
         try:
-            with naming(FIELD, index, len(self._prompts_ids)):
+            with naming(wanted.prompt_field, index, len(self._prompts_ids)):
                 prompt_ids = self._engine.checked_prompt(self._prompts_ids[index])
                 with self._engine.between_steps():
                     for sample in range(wanted.num_samples):

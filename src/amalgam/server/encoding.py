@@ -19,7 +19,7 @@ from functools import partial
 from typing import Any, TypeVar
 
 from amalgam.base.threads import StoppableThread
-from amalgam.errors import RequestError
+from amalgam.errors import RequestError, about
 from amalgam.server.interface import Tokenizer
 from amalgam.text.chat import ChatPrompt
 from amalgam.text.pieces import PIECE_CHARS
@@ -136,13 +136,14 @@ class Encoder:
 
 @contextlib.contextmanager
 def naming(name: str, index: int, num_prompts: int) -> Iterator[None]:
-    """Errors say which one of several prompts they are about.
+    """Errors are about the field, and say which one of several prompts.
 
     Args:
         name: of the field that they stand in.
     """
     try:
-        yield
+        with about(name):
+            yield
     except RequestError as error:
         if num_prompts > 1:
             error.add_note(f"This is {name}[{index}]")

@@ -253,8 +253,8 @@ class Service:
     async def encode(
         self,
         prompts: Sequence[Prompt],
+        name: str,
         max_tokens: int | None = None,
-        name: str = "prompts",
         *,
         is_answered: bool = True,
         is_filtered: bool = True,
@@ -263,8 +263,8 @@ class Service:
 
         Args:
             prompts: texts, or chats.
-            max_tokens: of each; None: as many as the engine takes.
             name: of the field that they stand in, for errors.
+            max_tokens: of each; None: as many as the engine takes.
             is_answered: whether an answer can be a refusal.
             is_filtered: whether filters look at them here.
 

@@ -623,6 +623,14 @@ class TestErrors:
             ({"tools": [WEATHER], "tool_choice": {"type": "tool", "name": "nope"}}, "nope"),
             ({"thinking": {"type": "enabled", "budget_tokens": 9}}, "budget_tokens"),
             ({"output_config": {"format": {"type": "json_schema", "schema": {"type": "nope"}}}}, "nope"),
+            ({"output_config": {"format": {"type": "json_schema", "schema": {"not": {}}}}}, "output_config.format"),
+            (
+                {
+                    "tools": [{**WEATHER, "input_schema": {"properties": {"a": {"not": {}}}}}],
+                    "tool_choice": {"type": "any"},
+                },
+                "tools[0].input_schema, of get_weather",
+            ),
             ({"output_config": {"format": {"type": "json_schema", "schema": {"enum": ["a" * 2**17]}}}}, "131072"),
             (
                 {

@@ -13,14 +13,21 @@ from typing import Any
 
 from amalgam.engine.params import ThinkingLimit
 from amalgam.engine.request import RequestOutput
-from amalgam.errors import RequestError, UnsupportedError
-from amalgam.server.api.common import ToolUse
+from amalgam.errors import RequestError, UnsupportedError, about
+from amalgam.server.api.common import Form, ToolUse
 from amalgam.server.interface import Tokenizer
 from amalgam.server.service import Service
-from amalgam.text.answers.contract import AnswerDelta, AnswerParser, ReasoningDelta, ToolCallDelta
+from amalgam.text.answers.contract import (
+    AnswerDelta,
+    AnswerParser,
+    ReasoningDelta,
+    ToolCallDelta,
+    name_of,
+    schema_of,
+)
 from amalgam.text.answers.format import AnswerFormat
 from amalgam.text.chat import ChatPrompt
-from amalgam.text.grammar import CompiledGrammar, Grammar
+from amalgam.text.grammar import CompiledGrammar, Grammar, check_grammar
 
 
 @dataclass(frozen=True)
@@ -71,12 +78,12 @@ class EncodedChat:
 
 
 async def encode_chat(
-    service: Service, prompt: ChatPrompt, use: ToolUse, grammar: Grammar | None, field: str
+    service: Service, prompt: ChatPrompt, use: ToolUse, asked: Form | None, field: str
 ) -> EncodedChat:
     """
     Args:
-        grammar: what the answer's content has to look like; None: anything.
-        field: of the request, that says so.
+        asked: what the answer's content has to look like; None: anything.
+        field: of the request, that has the prompt.
 
     Raises:
         RequestError: see `Service.encode` and `Service.compile_grammar`; or a form is given with tools that have to be
@@ -84,25 +91,74 @@ async def encode_chat(
         OverloadedError: the queue is full.
     """
     form = service.answer_format
-    if grammar is not None and use.tools and (use.is_required or not form.marks_calls):
+    if asked is not None and use.tools and (use.is_required or not form.marks_calls):
         raise RequestError(
-            f"{field} is given with tools.",
+            f"{asked.field} is given with tools.",
             remedy="Give tool_choice none, or no form of the answer: a call would not have it.",
-            param=field,
+            param=asked.field,
         )
-    [prompt_ids] = await service.encode([prompt])
+    [prompt_ids] = await service.encode([prompt], field)
     tokenizer = service.deployment.tokenizer
     prompt_end = tokenizer.prompt_end(prompt_ids)
-    if use.is_required:
-        grammar = form.grammar(use.tools, use.name, parallel=use.is_parallel, prompt_end=prompt_end)
-    elif grammar is not None and use.tools:
-        grammar = form.form_or_calls(grammar, use.tools, parallel=use.is_parallel, prompt_end=prompt_end)
-    elif use.is_strict and form.marks_calls:
-        grammar = form.free_grammar(use.tools, parallel=use.is_parallel, prompt_end=prompt_end)
-    elif grammar is not None:
-        grammar = form.after_reasoning(grammar, prompt_end)
-    constraint = None if grammar is None else await service.compile_grammar(grammar)
+    with about("tools" if asked is None else asked.field):
+        grammar = _grammar_of(form, use, asked, prompt_end)
+        constraint = None if grammar is None else await _compile(service, grammar, use, asked)
     return EncodedChat(prompt_ids, constraint, form, use, tokenizer, prompt_end)
+
+
+def _grammar_of(form: AnswerFormat, use: ToolUse, asked: Form | None, prompt_end: str) -> Grammar | None:
+    """What the whole answer has to look like, reasoning and calls included; None: anything."""
+    if use.is_required:
+        return form.grammar(use.tools, use.name, parallel=use.is_parallel, prompt_end=prompt_end)
+    if asked is not None and use.tools:
+        return form.form_or_calls(asked.grammar, use.tools, parallel=use.is_parallel, prompt_end=prompt_end)
+    if use.is_strict and form.marks_calls:
+        return form.free_grammar(use.tools, parallel=use.is_parallel, prompt_end=prompt_end)
+    return None if asked is None else form.after_reasoning(asked.grammar, prompt_end)
+
+
+async def compile_form(service: Service, form: Form) -> CompiledGrammar:
+    """
+    Raises:
+        RequestError: see `Service.compile_grammar`; about the form's field.
+    """
+    with about(form.field):
+        return await service.compile_grammar(form.grammar)
+
+
+async def _compile(service: Service, grammar: Grammar, use: ToolUse, asked: Form | None) -> CompiledGrammar:
+    """Compile what has been put together. Clients know nothing of its rules: an error is about the part that is wrong.
+
+    Raises:
+        RequestError: see `Service.compile_grammar`.
+    """
+    try:
+        return await service.compile_grammar(grammar)
+    except RequestError:
+        if asked is not None and grammar == asked.grammar:
+            raise
+        await service.encoder.turn(lambda: _check_parts(use, asked))
+    parts = [*([asked.field] if asked is not None else []), *(["the schemas of tools"] if use.tools else [])]
+    raise RequestError(
+        f"What the answer has to look like by {' and '.join(parts)} takes more time or memory than it may.",
+        remedy="Make it simpler: fewer tools, fewer optional properties, smaller repetitions.",
+    )
+
+
+def _check_parts(use: ToolUse, asked: Form | None) -> None:
+    """
+    Raises:
+        RequestError: the form, or the schema of a tool, cannot be followed by itself.
+    """
+    if asked is not None:
+        check_grammar(asked.grammar)
+    for tool in use.tools:
+        place = use.schema_places[name_of(tool)]
+        with about(place):
+            try:
+                check_grammar(Grammar.of_schema(schema_of(tool)))
+            except RequestError as error:
+                raise RequestError(f"{place}, of {name_of(tool)}: {error.what}", remedy=error.remedy) from None
 
 
 def _mark_ids(tokenizer: Tokenizer, mark: str) -> tuple[int, ...]:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Annotated, Any
 
 from pydantic import BaseModel, BeforeValidator, Field
@@ -22,9 +22,10 @@ from amalgam.engine.params import (
     MAX_STOP_TOKEN_IDS,
     SamplingParams,
 )
-from amalgam.errors import RequestError
+from amalgam.errors import RequestError, about
 from amalgam.server.http.body import Body, limited
 from amalgam.server.service import Service
+from amalgam.text.grammar import Grammar
 
 MAX_INT = 2**31 - 1
 MAX_MESSAGES = 4096
@@ -97,11 +98,29 @@ class CommonSampling(Body):
 
 
 @dataclass(frozen=True)
+class Form:
+    """What the content of an answer has to look like, and the field of the request that says so."""
+
+    grammar: Grammar
+    field: str
+
+    @classmethod
+    def of_schema(cls, schema: Any, field: str) -> Form:
+        """
+        Raises:
+            RequestError: it is too long.
+        """
+        with about(field):
+            return cls(Grammar.of_schema(schema), field)
+
+
+@dataclass(frozen=True)
 class ToolUse:
     """What a request wants of tools.
 
     Attributes:
         tools: those that the model is shown, each `{"type": "function", "function": {…}}`.
+        schema_places: name of a tool → where in the request the schema of its arguments stands.
         is_required: the answer has to call one.
         name: the one to be called; None: any.
         is_parallel: whether an answer may hold several calls.
@@ -109,6 +128,7 @@ class ToolUse:
     """
 
     tools: Sequence[Mapping[str, Any]] = ()
+    schema_places: Mapping[str, str] = field(default_factory=dict)
     is_required: bool = False
     name: str | None = None
     is_parallel: bool = True

@@ -157,7 +157,7 @@ async def generate(
     service.choose_weights(body.weights)
 
     async def answer() -> GenerateAnswer | Response:
-        [prompt_ids] = await service.encode([body.prompt])
+        [prompt_ids] = await service.encode([body.prompt], "prompt")
         engine = service.deployment.engine
         if body.stream:
             outputs = engine.stream(prompt_ids, params, observation)
@@ -183,12 +183,14 @@ async def batch_generate(
     """
     limit = service.settings.server.max_batch_prompts
     if len(body.prompts) > limit:
-        raise RequestError(f"prompts has {len(body.prompts)} entries.", remedy=f"Allowed: at most {limit}.")
+        raise RequestError(
+            f"prompts has {len(body.prompts)} entries.", remedy=f"Allowed: at most {limit}.", param="prompts"
+        )
     params, observation = body.sampling_params(service.default_params), body.observation()
     service.choose_weights(body.weights)
 
     async def answer() -> list[Completion]:
-        prompts_ids = await service.encode(body.prompts)
+        prompts_ids = await service.encode(body.prompts, "prompts")
         engine = service.deployment.engine
         return await complete_all(engine, prompts_ids, params, observation, service.max_batch_in_flight)
 

@@ -238,13 +238,13 @@ class _Asking:
         service, params = self.service, self.params
         engine, template = service.deployment.engine, service.deployment.tokenizer.chat_template
         if template is None:
-            [prompt_ids] = await service.encode([prompt])
+            [prompt_ids] = await service.encode([prompt], "text")
             completion = await complete(engine, prompt_ids, params, self.observation)
             text = completion.text
         else:
             variables = template_variables(template, thinks=False)
             message = {"role": "user", "content": prompt}
-            chat = await encode_chat(service, ChatPrompt([message], variables=variables), ToolUse(), None, "")
+            chat = await encode_chat(service, ChatPrompt([message], variables=variables), ToolUse(), None, "text")
             keeps = chat.form.keeps_special_tokens or params.keeps_special_tokens
             params = replace(params, continues_prompt=False, keeps_special_tokens=keeps)
             completion = await complete(engine, chat.prompt_ids, params, self.observation)

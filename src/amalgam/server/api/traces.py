@@ -51,7 +51,7 @@ async def trace(body: TraceBody, request: Request, service: ServiceArgument) -> 
 
     async def answer() -> Response:
         prompt = ChatPrompt([{"role": "user", "content": body.text}]) if body.chat else body.text
-        [token_ids] = await service.encode([prompt], is_answered=False)
+        [token_ids] = await service.encode([prompt], "text", is_answered=False)
         params = SamplingParams(max_new_tokens=1, do_sample=False)
         observation = Observation(wants_trace=True, is_counted=body.record)
         result = await complete(service.deployment.engine, token_ids, params, observation)

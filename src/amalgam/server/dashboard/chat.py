@@ -43,7 +43,8 @@ async def chat(body: ChatBody, request: Request, service: ServiceArgument, reque
     service.choose_weights(body.weights)
 
     async def answer() -> Response:
-        [prompt_ids] = await service.encode([ChatPrompt([message.model_dump() for message in body.messages])])
+        prompt = ChatPrompt([message.model_dump() for message in body.messages])
+        [prompt_ids] = await service.encode([prompt], "messages")
         outputs = service.deployment.engine.stream(prompt_ids, params, observation)
         return stream_events(outputs, event_fields, request_id, service.settings.server.stream_comment_seconds)
 

@@ -108,7 +108,10 @@ def anthropic(refusal: Refusal) -> tuple[int, dict[str, Any]]:
         429: "rate_limit_error",
         OVERLOADED_STATUS: "overloaded_error",
     }.get(status, "api_error" if status >= 500 else "invalid_request_error")
-    error: dict[str, Any] = {"type": kind, "message": refusal.message}
+    message, param = refusal.message, refusal.param
+    if param is not None and param not in message:  # which has no place of its own
+        message = f"{param}: {message}"
+    error: dict[str, Any] = {"type": kind, "message": message}
     if refusal.details:
         error["details"] = refusal.details
     return status, {"type": "error", "error": error, "request_id": refusal.request_id or None}

@@ -192,7 +192,6 @@ class AnswerFormat:
             raise UnsupportedError(
                 f"A {grammar.kind} is asked for, and the model may think or call a tool before.",
                 remedy="Give a JSON schema or a choice, offer no tools, or let the template open no reasoning.",
-                param="structured_outputs",
             )
         return content
 
@@ -206,7 +205,6 @@ class AnswerFormat:
             raise UnsupportedError(
                 f"A form for the answer is asked for, and {self.name} writes its own around it.",
                 remedy="Describe the form in the prompt, or use a tool with tool_choice.",
-                param="response_format",
             )
         if self.tags is None or not self.opens_reasoning(prompt_end):
             return grammar

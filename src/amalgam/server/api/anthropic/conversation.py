@@ -112,7 +112,9 @@ def tool_use(body: PromptBody) -> ToolUse:
     )
     name = choice.name if isinstance(choice, NamedTool) else None
     is_strict = not is_required and any(tool.strict for tool in body.tools)
-    return ToolUse(tools, is_required, name, not choice.disable_parallel_tool_use, is_strict)
+    schema_places = {name: f"tools[{index}].input_schema" for index, name in enumerate(names)}
+    is_parallel = not choice.disable_parallel_tool_use
+    return ToolUse(tools, schema_places, is_required, name, is_parallel, is_strict)
 
 
 def sampling_params(body: MessagesBody, defaults: SamplingParams, *, keeps_special_tokens: bool) -> SamplingParams:

@@ -23,7 +23,7 @@ from amalgam.server.api.anthropic.blocks import JSON, Blocks
 from amalgam.server.api.anthropic.conversation import chat_prompt, sampling_params, tool_use
 from amalgam.server.api.anthropic.fields import BetaQuery, MessagesBody, PromptBody, ThinkingDisabled, ThinkingEnabled
 from amalgam.server.api.chats import AnswerReader, encode_chat
-from amalgam.server.api.common import neutral_defaults
+from amalgam.server.api.common import Form, neutral_defaults
 from amalgam.server.dependencies import Admission, RequestId, ServiceArgument
 from amalgam.server.events import EventStream, event
 from amalgam.server.generation import checked
@@ -33,7 +33,6 @@ from amalgam.server.http.errors import OrjsonResponse, error_content
 from amalgam.server.http.shapes import anthropic
 from amalgam.server.interface import OutputStream
 from amalgam.server.service import Service
-from amalgam.text.grammar import Grammar
 
 MAX_COUNTED_TOKENS = 2**31 - 1
 PING = event({"type": "ping"}, "ping")
@@ -116,7 +115,7 @@ async def count_tokens(body: PromptBody, query: Query, request: Request, service
     service.check_model(body.model)
     prompt = chat_prompt(body, service.deployment.tokenizer.chat_template)
     [prompt_ids] = await unless_client_leaves(
-        request.receive, service.encode([prompt], MAX_COUNTED_TOKENS, is_answered=False)
+        request.receive, service.encode([prompt], "messages", MAX_COUNTED_TOKENS, is_answered=False)
     )
     return CountAnswer(input_tokens=len(prompt_ids))
 
@@ -136,11 +135,11 @@ async def _start(service: Service, body: MessagesBody) -> _Answer:
             remedy="Demand a call with tool_choice (any, tool): its arguments always fit the schema.",
             param="tools",
         )
-    grammar = None if json_format is None else Grammar.of_schema(json_format.schema_)
+    asked = None if json_format is None else Form.of_schema(json_format.schema_, "output_config.format")
     prompt = chat_prompt(body, service.deployment.tokenizer.chat_template)
     keeps_special_tokens = service.answer_format.keeps_special_tokens
     params = sampling_params(body, neutral_defaults(service), keeps_special_tokens=keeps_special_tokens)
-    chat = await encode_chat(service, prompt, use, grammar, "output_config.format")
+    chat = await encode_chat(service, prompt, use, asked, "messages")
     budget = body.thinking.budget_tokens if isinstance(body.thinking, ThinkingEnabled) else None
     params = replace(params, thinking=chat.thinking_limit(budget, "thinking.budget_tokens"))
     outputs = service.deployment.engine.stream(chat.prompt_ids, params, Observation(), chat.constraint)

@@ -33,7 +33,7 @@ from amalgam.server.api.openai.fields import SamplingFields, check_together
 from amalgam.server.api.openai.messages import TEXT_ONLY, Message, check_continued, for_template
 from amalgam.server.api.openai.refusing import STORE, OpenAIBody
 from amalgam.server.api.openai.tokens import TokenNames, chat_logprobs, prompt_logprobs, routed_experts
-from amalgam.server.api.openai.tools import MAX_TOOLS, FunctionTool, ToolChoice, tool_use
+from amalgam.server.api.openai.tools import MAX_TOOLS, SCHEMA_PLACE, FunctionTool, ToolChoice, tool_use
 from amalgam.server.api.refusing import Refused
 from amalgam.server.api.variables import template_variables
 from amalgam.server.choices import Choices, Collected
@@ -143,7 +143,7 @@ class ChatBody(SamplingFields):
 
     def tool_use(self) -> ToolUse:
         functions = [tool.function for tool in self.tools]
-        return tool_use(functions, self.tool_choice, is_parallel=self.parallel_tool_calls)
+        return tool_use(functions, self.tool_choice, SCHEMA_PLACE, is_parallel=self.parallel_tool_calls)
 
     @property
     def num_top(self) -> int | None:
@@ -195,7 +195,7 @@ async def create_chat_completion(
     prompt = body.prompt(tokenizer.chat_template, use)
     observation = body.observation(wants_trace=body.routed_experts)
     conversation = Conversation(
-        prompt, use, params, body.n, observation, body.grammar(), max_thinking=body.max_thinking
+        prompt, "messages", use, params, body.n, observation, body.form(), max_thinking=body.max_thinking
     )
     version_id = service.choose_weights(body.weights, body.prompt_cache_key or body.safety_identifier or body.user)
 

@@ -19,6 +19,7 @@ from starlette.responses import Response
 from amalgam.engine.params import MAX_LOGPROBS
 from amalgam.engine.request import RequestOutput
 from amalgam.errors import RequestError
+from amalgam.server.api.chats import compile_form
 from amalgam.server.api.common import MAX_INT
 from amalgam.server.api.openai.answers import Head, TokenCounts, reason_of, stream_of, versions_of
 from amalgam.server.api.openai.documents import CompletionAnswer, OpenAIErrorAnswer
@@ -86,7 +87,7 @@ async def create_completion(
     """Continue prompts."""
     model = body.check_model(service)
     body.check(service)
-    grammar = body.grammar()
+    form = body.form()
     params = body.sampling_params(
         service, max_new_tokens=body.max_tokens, logprobs=body.logprobs, prompt_logprobs=body.scored
     )
@@ -98,7 +99,7 @@ async def create_completion(
             service, "prompt", body.prompt, limit, add_special_tokens=body.add_special_tokens
         )
         prompts_ids = prompts.token_ids
-        constraint = None if grammar is None else await service.compile_grammar(grammar)
+        constraint = None if form is None else await compile_form(service, form)
         wanted = Wanted(params, body.n, body.observation(wants_trace=body.routed_experts), constraint)
         deployment = service.deployment
         echoes = await _echoes(deployment.tokenizer, prompts) if body.echo else [""] * len(prompts_ids)

@@ -12,12 +12,11 @@ from dataclasses import dataclass, field, replace
 from amalgam.engine.params import SamplingParams
 from amalgam.engine.request import Observation
 from amalgam.server.api.chats import AnswerReader, arguments_of, call_as_text, encode_chat
-from amalgam.server.api.common import ToolUse
+from amalgam.server.api.common import Form, ToolUse
 from amalgam.server.choices import Choices, Wanted
 from amalgam.server.service import Service
 from amalgam.text.answers.contract import AnswerDelta, ContentDelta, ReasoningDelta
 from amalgam.text.chat import ChatPrompt
-from amalgam.text.grammar import Grammar
 
 
 @dataclass(frozen=True)
@@ -25,17 +24,19 @@ class Conversation:
     """What is to be answered.
 
     Attributes:
-        grammar: what the answer's content has to look like.
+        field: of the request, that has the prompt.
+        form: what the answer's content has to look like.
         separates_reasoning: otherwise it is content, tags included.
         max_thinking: most tokens of reasoning, and the field that says so.
     """
 
     prompt: ChatPrompt
+    field: str
     use: ToolUse
     params: SamplingParams
     num_samples: int
     observation: Observation
-    grammar: Grammar | None = None
+    form: Form | None = None
     separates_reasoning: bool = True
     max_thinking: tuple[int | None, str] = (None, "")
 
@@ -55,11 +56,13 @@ async def start(service: Service, conversation: Conversation) -> Started:
     Raises:
         RequestError, OverloadedError: see `Service.encode` and `Choices.submit`.
     """
-    chat = await encode_chat(service, conversation.prompt, conversation.use, conversation.grammar, "response_format")
+    chat = await encode_chat(service, conversation.prompt, conversation.use, conversation.form, conversation.field)
     keeps = chat.form.keeps_special_tokens or conversation.params.keeps_special_tokens
     limit = chat.thinking_limit(*conversation.max_thinking)
     params = replace(conversation.params, continues_prompt=False, keeps_special_tokens=keeps, thinking=limit)
-    wanted = Wanted(params, conversation.num_samples, conversation.observation, chat.constraint)
+    wanted = Wanted(
+        params, conversation.num_samples, conversation.observation, chat.constraint, prompt_field=conversation.field
+    )
     choices = await Choices.submit(service.deployment.engine, [chat.prompt_ids], wanted, service.max_batch_in_flight)
     readers = [
         chat.reader(separates_reasoning=conversation.separates_reasoning) for _ in range(conversation.num_samples)

@@ -19,8 +19,8 @@ from amalgam.engine.params import (
     SamplingParams,
 )
 from amalgam.engine.request import Observation
-from amalgam.errors import RequestError, describe
-from amalgam.server.api.common import MAX_INT, CommonSampling, WeightsField, neutral_defaults
+from amalgam.errors import RequestError, about, describe
+from amalgam.server.api.common import MAX_INT, CommonSampling, Form, WeightsField, neutral_defaults
 from amalgam.server.api.openai.refusing import OpenAIBody
 from amalgam.server.api.refusing import Refused
 from amalgam.server.http.body import Body
@@ -67,10 +67,10 @@ class ResponseFormat(OpenAIBody):
             raise ValueError("json_schema is needed with type 'json_schema', and only there")
         return self
 
-    def grammar(self) -> Grammar | None:
+    def form(self) -> Form | None:
         if self.json_schema is not None:
-            return Grammar.of_schema(self.json_schema.schema_)
-        return Grammar("json_object", "") if self.type == "json_object" else None
+            return Form.of_schema(self.json_schema.schema_, "response_format")
+        return Form(Grammar("json_object"), "response_format") if self.type == "json_object" else None
 
 
 class StructuredOutputs(OpenAIBody):
@@ -94,37 +94,50 @@ class StructuredOutputs(OpenAIBody):
     """A grammar in the Lark syntax of llguidance."""
     json_object: bool | None = None
 
-    def grammar(self) -> Grammar | None:
-        return _one_grammar(
+    def form(self) -> Form | None:
+        return _one_form(
+            self.place,
             {
                 "json": self.json_,
                 "regex": self.regex,
                 "choice": self.choice,
                 "grammar": self.grammar_,
                 "json_object": self.json_object or None,
-            }
+            },
         )
 
 
-def _one_grammar(given: Mapping[str, Any]) -> Grammar | None:
+def _one_form(place: str, given: Mapping[str, Any]) -> Form | None:
     """
+    Args:
+        place: what the names of the fields begin with.
+        given: kind of the form → what the field of that name says.
+
     Raises:
-        RequestError: there are several.
+        RequestError: there are several, or it is too long.
     """
     named = {name: value for name, value in given.items() if value is not None}
     if len(named) > 1:
-        names = " and ".join(named)
-        raise RequestError(f"{names} are given together.", remedy="Give one of them.", param=next(iter(named)))
-    for name, value in named.items():
-        kind = name.rpartition("guided_")[2]
-        if kind == "json":
-            return Grammar("json_schema", value) if isinstance(value, str) else Grammar.of_schema(value)
-        if kind == "choice":
-            return Grammar.of_choices(value)
-        if kind == "json_object":
-            return Grammar("json_object", "")
-        return Grammar("lark" if kind == "grammar" else "regex", value)
+        names = [place + kind for kind in named]
+        raise RequestError(f"{' and '.join(names)} are given together.", remedy="Give one of them.", param=names[0])
+    for kind, value in named.items():
+        with about(place + kind):
+            return Form(_grammar(kind, value), place + kind)
     return None
+
+
+def _grammar(kind: str, value: Any) -> Grammar:
+    """
+    Raises:
+        RequestError: it is too long.
+    """
+    if kind == "json":
+        return Grammar("json_schema", value) if isinstance(value, str) else Grammar.of_schema(value)
+    if kind == "choice":
+        return Grammar.of_choices(value)
+    if kind == "json_object":
+        return Grammar("json_object")
+    return Grammar("lark" if kind == "grammar" else "regex", value)
 
 
 class ModelField(OpenAIBody):
@@ -237,29 +250,30 @@ class SamplingFields(SamplerFields):
                 "prompt_logprobs is given with stream true.", remedy="Ask for one of them.", param="prompt_logprobs"
             )
 
-    def grammar(self) -> Grammar | None:
+    def form(self) -> Form | None:
         """What the answer has to look like; None: anything.
 
         Raises:
-            RequestError: there are several.
+            RequestError: there are several, or it is too long.
         """
-        given = {
-            "guided_json": self.guided_json,
-            "guided_regex": self.guided_regex,
-            "guided_choice": self.guided_choice,
-            "guided_grammar": self.guided_grammar,
+        guided = {
+            "json": self.guided_json,
+            "regex": self.guided_regex,
+            "choice": self.guided_choice,
+            "grammar": self.guided_grammar,
         }
-        grammars = {
-            "guided_…": _one_grammar(given),
-            "structured_outputs": None if self.structured_outputs is None else self.structured_outputs.grammar(),
-            "response_format": None if self.response_format is None else self.response_format.grammar(),
-        }
-        found = {name: grammar for name, grammar in grammars.items() if grammar is not None}
+        forms = (
+            _one_form("guided_", guided),
+            None if self.structured_outputs is None else self.structured_outputs.form(),
+            None if self.response_format is None else self.response_format.form(),
+        )
+        found = [form for form in forms if form is not None]
         if len(found) > 1:
+            names = [form.field for form in found]
             raise RequestError(
-                f"{' and '.join(found)} are given together.", remedy="Give one of them.", param=list(found)[-1]
+                f"{' and '.join(names)} are given together.", remedy="Give one of them.", param=names[-1]
             )
-        return next(iter(found.values()), None)
+        return found[0] if found else None
 
 
 def check_together(what: str, given: Mapping[str, Any]) -> None:

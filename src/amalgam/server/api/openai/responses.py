@@ -21,7 +21,7 @@ from starlette.responses import Response
 from amalgam.engine.params import MAX_LOGPROBS, SamplingParams
 from amalgam.engine.request import FinishReason, RequestOutput, Usage
 from amalgam.errors import UnsupportedError, describe
-from amalgam.server.api.common import MAX_INT, MAX_MESSAGES
+from amalgam.server.api.common import MAX_INT, MAX_MESSAGES, Form
 from amalgam.server.api.openai.answers import error_fields, fingerprint
 from amalgam.server.api.openai.chat import Effort, Metadata
 from amalgam.server.api.openai.conversation import (
@@ -70,10 +70,10 @@ class TextFormat(OpenAIBody):
             raise ValueError("schema is needed with type 'json_schema', and only there")
         return self
 
-    def grammar(self) -> Grammar | None:
+    def form(self) -> Form | None:
         if self.type == "json_schema":
-            return Grammar.of_schema(self.schema_)
-        return Grammar("json_object") if self.type == "json_object" else None
+            return Form.of_schema(self.schema_, "text.format")
+        return Form(Grammar("json_object"), "text.format") if self.type == "json_object" else None
 
 
 class TextOptions(OpenAIBody):
@@ -170,7 +170,7 @@ async def create_response(
 ) -> Response:
     """Answer a text or a conversation."""
     model = body.check_model(service)
-    use = tool_use(body.tools, body.tool_choice, is_parallel=body.parallel_tool_calls)
+    use = tool_use(body.tools, body.tool_choice, "tools[{}].parameters", is_parallel=body.parallel_tool_calls)
     tokenizer = service.deployment.tokenizer
     template = tokenizer.chat_template
     params = body.sampling_params(
@@ -185,8 +185,8 @@ async def create_response(
         variables=template_variables(template, body.chat_template_kwargs, effort=effort),
     )
     text_format = None if body.text is None else body.text.format
-    grammar = None if text_format is None else text_format.grammar()
-    conversation = Conversation(prompt, use, params, 1, body.observation(), grammar)
+    form = None if text_format is None else text_format.form()
+    conversation = Conversation(prompt, "input", use, params, 1, body.observation(), form)
     version_id = service.choose_weights(body.weights, body.prompt_cache_key or body.safety_identifier or body.user)
 
     async def answer() -> Response:

@@ -23,7 +23,7 @@ from amalgam.server.api.openai.documents import (
 )
 from amalgam.server.api.openai.fields import ModelField
 from amalgam.server.api.openai.messages import Message, check_continued, for_template
-from amalgam.server.api.openai.tools import MAX_TOOLS, FunctionTool, tool_use
+from amalgam.server.api.openai.tools import MAX_TOOLS, SCHEMA_PLACE, FunctionTool, tool_use
 from amalgam.server.api.refusing import Refused
 from amalgam.server.api.variables import template_variables
 from amalgam.server.dependencies import Admission, ServiceArgument
@@ -103,6 +103,7 @@ async def tokenize(body: TokenizeBody, request: Request, service: ServiceArgumen
     tokenizer = service.deployment.tokenizer
     max_model_len = service.deployment.engine.max_prompt_tokens + 1
     prompt: Prompt
+    name = next(name for name in ("prompt", "messages", "content") if getattr(body, name) is not None)
     if body.content is not None:
         prompt = TextPrompt(body.content, body.add_special)
     elif body.messages is None:
@@ -111,7 +112,7 @@ async def tokenize(body: TokenizeBody, request: Request, service: ServiceArgumen
         prompt = _chat_prompt(body, body.messages, tokenizer.chat_template)
 
     async def answer() -> Response:
-        [token_ids] = await service.encode([prompt], max(MIN_TOKEN_LIMIT, max_model_len), is_filtered=False)
+        [token_ids] = await service.encode([prompt], name, max(MIN_TOKEN_LIMIT, max_model_len), is_filtered=False)
 
         def render() -> Response:
             if body.content is not None:
@@ -163,7 +164,7 @@ def _piece(tokenizer: Tokenizer, token_id: int) -> Piece:
 
 
 def _chat_prompt(body: TokenizeBody, messages: list[Message], template: str | None) -> ChatPrompt:
-    use = tool_use([tool.function for tool in body.tools], None, is_parallel=True)
+    use = tool_use([tool.function for tool in body.tools], None, SCHEMA_PLACE, is_parallel=True)
     normalized = for_template(messages, knows_developer="developer" in (template or ""))
     if body.continue_final_message:
         check_continued(normalized, adds_prompt=bool(body.add_generation_prompt))

@@ -18,6 +18,8 @@ from amalgam.server.http.body import Body
 
 MAX_TOOLS = 128  # as OpenAI has it
 
+SCHEMA_PLACE = "tools[{}].function.parameters"  # of the tool with that index, in a chat's request
+
 FunctionName = Annotated[str, Field(min_length=1, max_length=64, pattern=r"^[a-zA-Z0-9_.-]+$")]
 
 ToolChoice = Annotated[
@@ -57,11 +59,12 @@ class FunctionFields(Body):
     """
 
 
-def tool_use(functions: Sequence[FunctionFields], choice: Any, *, is_parallel: bool) -> ToolUse:
+def tool_use(functions: Sequence[FunctionFields], choice: Any, schema_place: str, *, is_parallel: bool) -> ToolUse:
     """
     Args:
         choice: as either endpoint has it: a word, `{"type": "function", …}` with the name inside or beside it, or
             `{"type": "allowed_tools", …}`.
+        schema_place: where the request has the schema of the tool with the index `{}`.
 
     Raises:
         RequestError: it is none of these, or names a tool that is not there; the tools are too long.
@@ -69,6 +72,7 @@ def tool_use(functions: Sequence[FunctionFields], choice: Any, *, is_parallel: b
     """
     check_tools_length(functions)
     names = [function.name for function in functions]
+    schema_places = {name: schema_place.format(index) for index, name in enumerate(names)}
     if len(set(names)) < len(names):
         raise RequestError("Two tools have the same name.", remedy="Give each its own.", param="tools")
     if not functions:
@@ -88,10 +92,11 @@ def tool_use(functions: Sequence[FunctionFields], choice: Any, *, is_parallel: b
     tools = [{"type": "function", "function": function.model_dump(exclude_none=True)} for function in functions]
     if choice in (None, "auto"):
         is_strict = any(function.strict for function in functions)
-        return ToolUse(tools, is_parallel=is_parallel, is_strict=is_strict)
+        return ToolUse(tools, schema_places, is_parallel=is_parallel, is_strict=is_strict)
     if choice == "required":
-        return ToolUse(tools, is_required=True, is_parallel=is_parallel)
-    return ToolUse(tools, is_required=True, name=_name_in(choice, names), is_parallel=False)
+        return ToolUse(tools, schema_places, is_required=True, is_parallel=is_parallel)
+    name = _name_in(choice, names)
+    return ToolUse(tools, schema_places, is_required=True, name=name, is_parallel=False)
 
 
 def _name_in(value: Any, names: Sequence[str]) -> str:
