@@ -167,8 +167,10 @@ def test_a_drain_ends_in_time_and_streams_end_properly(start: Start) -> None:
         wait_until(lambda: num_running(base_url) == 2)
         server.signal()
         assert unary.result().status_code == 503
+        assert "The server is shutting down." in unary.result().json()["error"]["message"]
         *_, error, done = stream.result().text.strip().split("\n\n")
-        assert json.loads(error.removeprefix("data: "))["error"]["type"] == "unavailable"
+        told = json.loads(error.removeprefix("data: "))["error"]
+        assert told["type"] == "unavailable" and "The server is shutting down." in told["message"]
         assert done == "data: [DONE]"
     assert server.wait() == 0
 

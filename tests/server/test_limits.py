@@ -219,5 +219,7 @@ def test_a_request_has_its_time_and_no_more(stream: bool) -> None:
         assert '"type":"timed_out"' in response.text
         assert response.text.endswith("data: [DONE]\n\n") is stream
         wait_until(lambda: not deployment.engine.running)
+        counted = 'amalgam_requests_refused_total{reason="timed_out"} 1'
+        wait_until(lambda: counted in client.get("/metrics").text)
         deployment.engine.held_at = None
         wait_until(lambda: client.post("/generate", json=GENERATE).status_code == 200)  # sooner or later in time

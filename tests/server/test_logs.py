@@ -15,7 +15,7 @@ import pytest
 
 from amalgam.server.http.logs import TEXT, JSONFormatter
 from tests.server.conftest import serving, wait_until
-from tests.server.fakes import FakeDeployment, fake_settings
+from tests.server.fakes import FAIL, FakeDeployment, fake_settings
 
 GENERATE = {"prompt": "my\nprompt", "max_new_tokens": 3}
 ATTACKS = [
@@ -91,6 +91,14 @@ def test_a_client_that_left_is_told_with_what_it_had(deployment: FakeDeployment)
     entry = json.loads(line)
     assert entry["status"] == 499 and entry["prompt_tokens"] == 1 and entry["generated_tokens"] > 0
     assert "finish_reason" not in entry
+
+
+@pytest.mark.parametrize(("stream", "status"), [(False, 500), (True, 200)])
+def test_an_error_s_code_is_told_where_the_status_has_left_too(stream: bool, status: int) -> None:
+    with logged(JSONFormatter()) as (client, log):
+        client.post("/generate", json={"prompt": FAIL, "max_new_tokens": 3, "stream": stream})
+        entry = json.loads(lines(log, 2)[-1])  # behind one about the failure
+    assert (entry["status"], entry["error"]) == (status, "internal_error")
 
 
 @pytest.mark.parametrize("form", ["text", "json"])

@@ -88,10 +88,11 @@ def test_what_is_no_trace_begins_one(client: httpx.Client, exporter: InMemorySpa
 
 def test_errors_are_marked_and_tell_nothing_of_the_prompt(client: httpx.Client, exporter: InMemorySpanExporter) -> None:
     assert client.post("/generate", json={"prompt": FAIL}).status_code == 500
+    client.post("/generate", json={"prompt": FAIL, "stream": True})
     client.get("/nowhere?q=secret")
     client.get("/health")
-    failed, missing = spans(exporter, 2)
-    assert failed.status.status_code is StatusCode.ERROR
+    failed, broken, missing = spans(exporter, 3)
+    assert failed.status.status_code is broken.status.status_code is StatusCode.ERROR
     assert missing.name == "GET" and missing.status.status_code is not StatusCode.ERROR
     assert not any(text in span.to_json() for span in (failed, missing) for text in (f'"{FAIL}"', "secret"))
 

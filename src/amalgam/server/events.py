@@ -18,6 +18,7 @@ from starlette.types import Receive, Scope, Send
 
 from amalgam.errors import AmalgamError
 from amalgam.server.http.access import log_unexpected, unless_client_leaves
+from amalgam.server.http.errors import refusal_of
 
 COMMENT = b": keep-alive\n\n"
 DONE = b"data: [DONE]\n\n"
@@ -76,9 +77,9 @@ class EventStream(Response):
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         # A generator that was never begun ends nothing: what it reads is closed too.
         async with aclosing(self._outputs), aclosing(self._events):
-            await unless_client_leaves(receive, self._send_events(send))
+            await unless_client_leaves(receive, self._send_events(scope, send))
 
-    async def _send_events(self, send: Send) -> None:
+    async def _send_events(self, scope: Scope, send: Send) -> None:
         await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
         comments = asyncio.create_task(self._send_comments(send)) if self._comment_seconds else None
         try:
@@ -87,6 +88,7 @@ class EventStream(Response):
         except Exception as error:
             if not isinstance(error, AmalgamError):
                 log_unexpected(error, self._request_id)
+            scope["state"]["refusal"] = refusal_of(error).code  # though its status has left
             await self._send(send, self._describe_error(error))
         finally:
             if comments is not None:

@@ -118,6 +118,7 @@ class Service:
         self._load_error: Exception | None = None
         self._stopping = threading.Event() if stopping is None else stopping
         self._is_draining = False
+        self._is_aborted = False
         self._is_closed = False
         self._num_encoding = 0
         self.encoder = Encoder(settings.server.max_workers)
@@ -157,6 +158,7 @@ class Service:
 
     def abort(self) -> None:
         """End what is still in flight with an error. Blocking."""
+        self._is_aborted = True
         if self._deployment is not None:
             self._deployment.engine.stop()
             self._deployment.jobs.close()
@@ -173,7 +175,8 @@ class Service:
         """Why the server cannot go on: the model did not load, or the engine has died."""
         if self._load_error is not None:
             return self._load_error
-        if self._deployment is None or self._is_closed or self._deployment.engine.status().is_alive:
+        has_ended = self._is_aborted or self._is_closed
+        if self._deployment is None or has_ended or self._deployment.engine.status().is_alive:
             return None
         return UnavailableError("The engine has stopped.", remedy="Restart the server; its log has the cause.")
 

@@ -49,7 +49,8 @@ class AccessLog:
     body, for those may hold prompts and keys; prompts are in the record if they are wanted in the log.
 
     Args:
-        count_refusal: takes the code of each answer that is an error; not of those to probes, which ask all the time.
+        count_refusal: takes the code of each answer that is an error, or a stream that ends with one; not of those to
+            probes, which ask all the time.
         export: takes the record of each request at its end; not of probes.
         logs_probes: whether probes have their lines.
         request_seconds: how long a request may take; 0: as long as it wants.
@@ -102,7 +103,8 @@ class AccessLog:
             record.weights = None  # an idle connection keeps the record of its last request
             record.seconds = time.monotonic() - record.started_at
             record.route = getattr(scope.get("route"), "path", "")
-            self._end(record, scope["state"].get("refusal"))
+            record.error = scope["state"].get("refusal", "")
+            self._end(record)
 
     def _new_record(self, scope: Scope) -> RequestRecord:
         headers = {name: value.decode("latin-1") for name, value in scope["headers"]}
@@ -119,10 +121,10 @@ class AccessLog:
             record.deadline = record.started_at + self._request_seconds
         return record
 
-    def _end(self, record: RequestRecord, refusal: str | None) -> None:
+    def _end(self, record: RequestRecord) -> None:
         is_probe = record.path in PROBES
-        if not is_probe and refusal is not None:
-            self._count_refusal(refusal)
+        if not is_probe and record.error:
+            self._count_refusal(record.error)
         if self._logs_probes or not is_probe:
             fields = log_fields(record)
             path, milliseconds = one_line(record.path[:MAX_PATH_CHARS]), record.seconds * 1e3
@@ -154,6 +156,8 @@ def log_fields(record: RequestRecord) -> dict[str, Any]:
         fields["first_token_seconds"] = round(record.first_token_seconds, 6)
     if record.finish_reasons:
         fields["finish_reason"] = ",".join(sorted(set(record.finish_reasons)))
+    if record.error:
+        fields["error"] = record.error
     if record.weight_version is not None:
         fields["weight_version"] = record.weight_version
     if record.prompts:

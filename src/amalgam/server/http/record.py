@@ -46,6 +46,7 @@ class RequestRecord:
     deadline: float | None = None
     seconds: float = 0.0
     status: int = 0
+    error: str = ""  # the code of what the answer told of, or a stream ended with
     caller: str = ""
     priority: int = 0
     may_overtake: bool = True

@@ -103,7 +103,7 @@ class OpenTelemetryTracer:
         span = self._tracer.start_span(
             name, context, kind=SpanKind.SERVER, attributes=attributes, start_time=record.started_ns
         )
-        if record.status >= 500:
+        if record.status >= 500 or (record.error and record.status < 400):  # a stream that ended with an error
             span.set_status(Status(StatusCode.ERROR))
         span.end(record.started_ns + round(record.seconds * 1e9))
 
