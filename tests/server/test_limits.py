@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import logging
 import socket
 import time
 from collections.abc import Iterator
@@ -181,6 +182,33 @@ def test_long_heads_are_refused(headers: dict[str, str]) -> None:
         assert (response.status_code, response.json()["error"]["type"]) == (431, "headers_too_large")
         assert client.get("/health", params={"a": "x" * 5000}).status_code == 431
         assert client.post("/generate", json=GENERATE).status_code == 200
+
+
+def test_a_long_head_is_refused_as_one_however_it_arrives(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO, "amalgam.server")
+    with server(max_header_bytes=4096) as client:
+        address = (client.base_url.host, client.base_url.port)
+        with socket.create_connection(address, timeout=60) as connection:
+            connection.sendall(b"GET /health HTTP/1.1\r\nHost: localhost\r\nX-Long: " + b"a" * 6000)  # and no end
+            head, _, body = connection.makefile("rb").read().partition(b"\r\n\r\n")
+    first, *headers = head.decode().lower().split("\r\n")
+    assert first == "http/1.1 431 request header fields too large"
+    error = json.loads(body)["error"]
+    assert error["type"] == "headers_too_large" and "4096" in error["message"]
+    [request_id] = [line.partition(": ")[2] for line in headers if line.startswith("x-request-id: ")]
+    [line] = [record.getMessage() for record in caplog.records if request_id in record.getMessage()]
+    assert line.startswith("- - 431 ") and line.endswith("error=headers_too_large")
+
+
+def test_what_is_no_http_has_its_line_too(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO, "amalgam.server")
+    with server() as client:
+        address = (client.base_url.host, client.base_url.port)
+        with socket.create_connection(address, timeout=60) as connection:
+            connection.sendall(b"nonsense\r\n\r\n")
+            answer = connection.makefile("rb").read()
+    assert answer.startswith(b"HTTP/1.1 400 Bad Request\r\n") and b"x-request-id: " in answer
+    assert [record for record in caplog.records if record.getMessage().startswith("- - 400 ")]
 
 
 def test_a_body_that_comes_slowly_is_refused_and_its_connection_closed() -> None:

@@ -81,6 +81,22 @@ def test_foreign_pages_read_nothing(shared_client: httpx.Client, path: str) -> N
     assert refusal(shared_client.get(path, headers=sign)) == "foreign_origin"
 
 
+@pytest.mark.parametrize(
+    ("target", "status"),
+    [
+        (b"http://localhost/health", 200),
+        (b"HTTP://127.0.0.1:8080/health?a=b", 200),
+        (b"http://localhost", 200),
+        (b"http://rebound.example/weights", 403),
+        (b"http://localhost/nowhere", 404),
+    ],
+)
+def test_a_target_may_name_the_host_which_then_counts(shared_client: httpx.Client, target: bytes, status: int) -> None:
+    for host in ("localhost", "other.example"):
+        answer = shared_client.get("/", headers={"Host": host}, extensions={"target": target})
+        assert answer.status_code == status
+
+
 def test_what_is_refused_is_counted(shared_client: httpx.Client) -> None:
     def count(reason: str) -> float:
         [line] = [

@@ -43,7 +43,7 @@ from amalgam.server.http.access import AccessLog
 from amalgam.server.http.body import BodyLimit
 from amalgam.server.http.docs import CONTENT_SECURITY_POLICY, render_docs, with_defaults
 from amalgam.server.http.errors import ErrorAnswer, OrjsonResponse, register_error_handlers
-from amalgam.server.http.heads import HeadLimit, RootPath
+from amalgam.server.http.heads import AbsoluteTarget, HeadLimit, RootPath
 from amalgam.server.http.keys import KeyGuard, KeyRing
 from amalgam.server.http.lifecycle import DrainingServer, listen, raise_descriptor_limit, url_of
 from amalgam.server.http.limits import RateLimits
@@ -174,6 +174,7 @@ def add_middleware(app: FastAPI, service: Service, keys: KeyRing, tracer: Tracer
     )
     if settings.root_path:
         app.add_middleware(RootPath, root_path=settings.root_path)
+    app.add_middleware(AbsoluteTarget)
 
 
 def paths_of(routes: Iterable[BaseRoute]) -> Iterator[str]:

@@ -110,7 +110,7 @@ class AccessLog:
         headers = {name: value.decode("latin-1") for name, value in scope["headers"]}
         given = headers.get(b"x-request-id", "")
         record = RequestRecord(
-            request_id=given if _REQUEST_ID.fullmatch(given) else secrets.token_hex(6),
+            request_id=given if _REQUEST_ID.fullmatch(given) else new_request_id(),
             method=scope["method"],
             path=scope["path"],
             traceparent=headers.get(b"traceparent", ""),
@@ -126,15 +126,24 @@ class AccessLog:
         if not is_probe and record.error:
             self._count_refusal(record.error)
         if self._logs_probes or not is_probe:
-            fields = log_fields(record)
-            path, milliseconds = one_line(record.path[:MAX_PATH_CHARS]), record.seconds * 1e3
-            more = "".join(f" {name}={_written(value)}" for name, value in list(fields.items())[_NUM_IN_ORDER:])
-            logger.info(
-                "%s %s %d %.1f ms %s%s", record.method, path, record.status, milliseconds, record.request_id, more,
-                extra={"fields": fields},
-            )  # fmt: skip
+            log_request(record)
         if self._export is not None and not is_probe:
             self._export(record)
+
+
+def new_request_id() -> str:
+    return secrets.token_hex(6)
+
+
+def log_request(record: RequestRecord) -> None:
+    """The request's line in the log."""
+    fields = log_fields(record)
+    path, milliseconds = one_line(record.path[:MAX_PATH_CHARS]), record.seconds * 1e3
+    more = "".join(f" {name}={_written(value)}" for name, value in list(fields.items())[_NUM_IN_ORDER:])
+    logger.info(
+        "%s %s %d %.1f ms %s%s", record.method, path, record.status, milliseconds, record.request_id, more,
+        extra={"fields": fields},
+    )  # fmt: skip
 
 
 def log_fields(record: RequestRecord) -> dict[str, Any]:

@@ -1,10 +1,12 @@
-"""The path under which a proxy shows the server, and the size of a request's head.
+"""The target of a request, the path under which a proxy shows the server, and the size of a request's head.
 
-In: ASGI messages. Out: paths without the prefix, whether the proxy has taken it away or not; 431. Must never know: what
-an endpoint does.
+In: ASGI messages. Out: paths without host and prefix, whether the proxy has taken that away or not; 431. Must never
+know: what an endpoint does.
 """
 
 from __future__ import annotations
+
+from urllib.parse import unquote
 
 from starlette.types import ASGIApp, Receive, Scope, Send
 
@@ -19,6 +21,24 @@ class HeadersTooLargeError(AmalgamError):
 
     http_status = 431
     code = "headers_too_large"
+
+
+class AbsoluteTarget:
+    """Takes the path of a target that has a host before it, as clients send it to proxies: servers have to know it, and
+    that host takes the place of the header's (RFC 9112, 3.2.2).
+    """
+
+    def __init__(self, app: ASGIApp) -> None:
+        self.app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        raw_target: bytes = scope.get("raw_path") or b""
+        if scope["type"] == "http" and raw_target.lower().startswith((b"http://", b"https://")):
+            host, slash, rest = raw_target.partition(b"://")[2].partition(b"/")
+            raw_path = slash + rest if slash else b"/"
+            headers = [(b"host", host), *((name, value) for name, value in scope["headers"] if name != b"host")]
+            scope = {**scope, "path": unquote(raw_path.decode("ascii")), "raw_path": raw_path, "headers": headers}
+        await self.app(scope, receive, send)
 
 
 class RootPath:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import errno
+import http
 import ipaddress
 import logging
 import os
@@ -32,8 +33,10 @@ from amalgam.base.escaping import one_line
 from amalgam.config.server import ServerSettings
 from amalgam.config.settings import Settings
 from amalgam.errors import AmalgamError, ConfigError
-from amalgam.server.http.access import NO_DESCRIPTORS, shortage_log
+from amalgam.server.http.access import NO_DESCRIPTORS, log_request, new_request_id, shortage_log
 from amalgam.server.http.errors import error_content
+from amalgam.server.http.heads import HeadersTooLargeError
+from amalgam.server.http.record import RequestRecord
 from amalgam.server.http.tls import Certificate
 from amalgam.server.http.unix import UnixListener, listen_unix
 
@@ -278,11 +281,30 @@ def _on_loop_error(loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> 
         loop.default_exception_handler(context)
 
 
+class _Connection(h11.Connection):
+    """Keeps what uvicorn drops: the status that h11 has for a request which is no HTTP, or too long."""
+
+    status_hint = 400
+
+    def next_event(self) -> Any:
+        try:
+            return super().next_event()
+        except h11.RemoteProtocolError as error:
+            self.status_hint = error.error_status_hint
+            raise
+
+
 class JSONErrorProtocol(H11Protocol):
     """Answers what is not HTTP in the shape of all other errors, and ends connections that send nothing, or slowly.
 
     A request's head must arrive within the keep-alive time. `BodyLimit` limits the size and the time of a body.
     """
+
+    def __init__(self, config: uvicorn.Config, *others: Any, **named: Any) -> None:
+        super().__init__(config, *others, **named)
+        assert config.h11_max_incomplete_event_size is not None
+        self._max_head_bytes = config.h11_max_incomplete_event_size
+        self.conn = _Connection(h11.SERVER, self._max_head_bytes)
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
@@ -300,13 +322,27 @@ class JSONErrorProtocol(H11Protocol):
             self.timeout_keep_alive_task = self.loop.call_later(max(seconds, 0.0), self.timeout_keep_alive_handler)
 
     def send_400_response(self, msg: str) -> None:
+        """Of any status that a request has which no application sees; so its line in the log is written here."""
+        assert isinstance(self.conn, _Connection)
+        status = self.conn.status_hint
+        error = AmalgamError(msg, remedy="Check the request line and the headers.")
+        if status == HeadersTooLargeError.http_status:
+            allowed = self._max_head_bytes - MAX_REQUEST_LINE_BYTES
+            error = HeadersTooLargeError(
+                f"The request's head has more than {allowed} bytes.",
+                remedy=f"Allowed: {allowed} (server.max_header_bytes).",
+            )
         if self.conn.our_state in (h11.IDLE, h11.SEND_RESPONSE):
-            body = orjson.dumps(error_content(AmalgamError(msg, remedy="Check the request line and the headers.")))
+            record = RequestRecord(new_request_id(), method="-", path="-", status=status, error=error.code)
+            body = orjson.dumps(error_content(error, record.request_id))
             headers = [
                 (b"content-type", b"application/json"),
                 (b"content-length", b"%d" % len(body)),
+                (b"x-request-id", record.request_id.encode()),
                 (b"connection", b"close"),
             ]
-            for event in (h11.Response(status_code=400, headers=headers), h11.Data(data=body), h11.EndOfMessage()):
+            head = h11.Response(status_code=status, headers=headers, reason=http.HTTPStatus(status).phrase.encode())
+            for event in (head, h11.Data(data=body), h11.EndOfMessage()):
                 self.transport.write(self.conn.send(event) or b"")
+            log_request(record)
         self.transport.close()
