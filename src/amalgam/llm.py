@@ -200,18 +200,20 @@ class LLM:
 
         They are what the final norm gives, and not scaled to a length.
         """
-        return np.stack(self._deployment.engine.embed_all(self._encode(prompts), pooling, Observation(domain)))
+        prompts_ids = self._encode(prompts, num_new_tokens=0)
+        return np.stack(self._deployment.engine.embed_all(prompts_ids, pooling, Observation(domain)))
 
     async def aembed(
         self, prompts: str | Sequence[str], pooling: Pooling = "mean", *, domain: str | None = None
     ) -> npt.NDArray[np.float32]:
         """`embed`, awaited; computed together with whatever else waits. Cancelling it cancels its requests."""
-        prompts_ids = await asyncio.to_thread(self._encode, prompts)
+        prompts_ids = await asyncio.to_thread(self._encode, prompts, num_new_tokens=0)
         return np.stack(await self._deployment.engine.embed_all_async(prompts_ids, pooling, Observation(domain)))
 
-    def _encode(self, prompts: str | Sequence[str]) -> list[list[int]]:
+    def _encode(self, prompts: str | Sequence[str], num_new_tokens: int = 1) -> list[list[int]]:
         texts = [prompts] if isinstance(prompts, str) else prompts
-        return [self._deployment.tokenizer.encode(text, self._deployment.engine.max_prompt_tokens) for text in texts]
+        max_tokens = self._deployment.engine.max_prompt_tokens + 1 - num_new_tokens
+        return [self._deployment.tokenizer.encode(text, max_tokens) for text in texts]
 
     def _compile(self, grammar: Grammar | None) -> CompiledGrammar | None:
         return None if grammar is None else compile_grammar(self._deployment.tokenizer, grammar)

@@ -54,6 +54,15 @@ def test_a_value_out_of_range_is_refused_by_name(field, value):
         SamplingParams(**{field: value})
 
 
+def test_no_more_tokens_are_demanded_than_may_be_generated():
+    asked = SamplingParams(min_tokens=600)
+    assert asked.over(SamplingParams(max_new_tokens=600)).min_tokens == 600
+    with raises(RequestError, "min_tokens", 600, 599):
+        asked.over(SamplingParams(max_new_tokens=599))
+    with raises(RequestError, "min_tokens", 5, 4):
+        SamplingParams(max_new_tokens=4, min_tokens=5)
+
+
 def test_stop_may_be_a_string_or_a_list():
     assert SamplingParams(stop="end").stop == ("end",)
     assert SamplingParams(stop=["a", "b"]).stop == ("a", "b")

@@ -113,11 +113,11 @@ class FakeEngine:
     params: list[SamplingParams] = field(default_factory=list)
     embedded_by: list[int] = field(default_factory=list)
 
-    def check_prompt_length(self, num_tokens: int) -> None:
-        if num_tokens >= MAX_SEQ_LENGTH:
+    def check_prompt_length(self, num_tokens: int, num_new_tokens: int = 1) -> None:
+        if num_tokens + num_new_tokens > MAX_SEQ_LENGTH:
             raise PromptTooLongError(f"The prompt has {num_tokens} tokens.", remedy=f"Allowed: {MAX_SEQ_LENGTH}.")
 
-    def checked_prompt(self, prompt_ids: Sequence[int]) -> Sequence[int]:
+    def checked_prompt(self, prompt_ids: Sequence[int], num_new_tokens: int = 1) -> Sequence[int]:
         return prompt_ids
 
     @property
@@ -136,7 +136,7 @@ class FakeEngine:
         self.params.append(params)
         if self.is_stopped or not self.is_alive:
             raise UnavailableError("The engine has stopped.")
-        self.check_prompt_length(len(prompt_ids))
+        self.check_prompt_length(len(prompt_ids), min(1, params.max_new_tokens))
         if len(self.running) >= self.max_queue:
             raise OverloadedError("The queue is full.")
         self.num_submitted += 1
@@ -202,7 +202,7 @@ class FakeEngine:
     ) -> Any:
         self.embedded_by.append((version or self.version).version_id)
         self.observations.append(observation)
-        self.check_prompt_length(len(prompt_ids))
+        self.check_prompt_length(len(prompt_ids), 0)
         if len(self.running) >= self.max_queue:
             raise OverloadedError("The queue is full.")
         self.num_submitted += 1

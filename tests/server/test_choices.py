@@ -60,11 +60,11 @@ class Engine:
         finally:
             self.is_between_steps = False
 
-    def check_prompt_length(self, num_tokens: int) -> None:
+    def check_prompt_length(self, num_tokens: int, num_new_tokens: int = 1) -> None:
         if num_tokens > 4:
             raise PromptTooLongError(f"The prompt has {num_tokens} tokens.", remedy="Allowed: 4.")
 
-    def checked_prompt(self, prompt_ids: Sequence[int]) -> Sequence[int]:
+    def checked_prompt(self, prompt_ids: Sequence[int], num_new_tokens: int = 1) -> Sequence[int]:
         assert not self.is_between_steps
         self.checked.append(tuple(prompt_ids))
         return self.checked[-1]

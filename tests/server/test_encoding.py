@@ -15,8 +15,10 @@ import httpx
 import pytest
 
 from amalgam.errors import PromptTooLongError, RequestError
+from amalgam.server.api.openai.prompts import PromptLimit, encode_prompts
 from amalgam.server.encoding import Encoder
 from amalgam.server.http import body
+from amalgam.server.service import Service
 from amalgam.text.pieces import PIECE_CHARS
 from tests.server.conftest import serving, wait_until, wait_until_ready
 from tests.server.fakes import FakeDeployment, fake_settings
@@ -212,6 +214,23 @@ def test_bodies_that_are_held_are_bounded_together(deployment: FakeDeployment, m
             wait_until(lambda: not deployment.engine.running)
             deployment.engine.held_at = None
             assert client.post("/generate", json=request).status_code == 200
+
+
+def test_many_token_ids_are_not_checked_by_the_event_loop() -> None:
+    read_by: list[int] = []
+
+    class Watched(list[int]):
+        def __iter__(self) -> Iterator[int]:
+            read_by.append(threading.get_ident())
+            return super().__iter__()
+
+    service = Service(fake_settings(port=0), FakeDeployment)
+    service.start()
+    wait_until(lambda: service.has_loaded)
+    prompts = [Watched([1, 2, 3]), Watched([4])]
+    encoded = asyncio.run(encode_prompts(service, "input", prompts, PromptLimit(2)))
+    assert encoded.token_ids == [[1, 2, 3], [4]]
+    assert len(read_by) == 2 and threading.get_ident() not in read_by
 
 
 def test_a_request_s_latencies_begin_before_it_is_encoded(client: httpx.Client, deployment: FakeDeployment) -> None:

@@ -55,7 +55,7 @@ class WrittenEngine(FakeEngine):
     prompts: list[str] = field(default_factory=list)
     num_cancelled: int = 0
 
-    def check_prompt_length(self, num_tokens: int) -> None:
+    def check_prompt_length(self, num_tokens: int, num_new_tokens: int = 1) -> None:
         pass
 
     def stream(self, prompt_ids: Sequence[int], *arguments: Any, **fields: Any) -> FakeStream:

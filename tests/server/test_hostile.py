@@ -197,7 +197,8 @@ def test_what_is_not_http_gets_the_same_shape(shared_client: httpx.Client, head:
         while chunk := connection.recv(65536):
             answer += chunk
     status, _, rest = answer.partition(b"\r\n")
-    assert status.split()[1].startswith(b"4")
+    wanted = {b"Transfer-Encoding: gzip": b"501", b"X: aaaa": b"431"}
+    assert status.split()[1] == next((code for text, code in wanted.items() if text in head), b"400")
     assert json.loads(rest.partition(b"\r\n\r\n")[2])["error"]["message"]
     assert shared_client.get("/").status_code == 200
 
@@ -230,7 +231,7 @@ def test_messages_name_field_value_and_what_is_allowed(shared_client: httpx.Clie
     [
         ("temperature", 1e-38), ("temperature", 5e-324), ("top_p", 1e-300), ("min_p", 5e-324), ("top_k", 2**31 - 1),
         ("seed", 2**63 - 1), ("repetition_penalty", 0.01), ("repetition_penalty", 100), ("presence_penalty", -2),
-        ("frequency_penalty", 2), ("priority", -(2**31) + 1), ("min_tokens", 2**31 - 1),
+        ("frequency_penalty", 2), ("priority", -(2**31) + 1),
     ],
 )  # fmt: skip
 def test_numbers_at_the_end_of_their_range_are_taken(shared_client: httpx.Client, name: str, value: float) -> None:
@@ -297,8 +298,10 @@ def test_one_log_line_per_request_without_prompts(client: httpx.Client, caplog: 
     with caplog.at_level(logging.INFO, "amalgam.server"):
         response = client.post("/generate", json={"prompt": "my secret", "max_new_tokens": 1})
         client.get("/x%0AERROR%1B[31m forged?key=secret")
-        wait_until(lambda: len(caplog.records) == 2)
-    lines = [record.getMessage() for record in caplog.records]
+        wait_until(lambda: " 404 " in caplog.text)
+    said = [record.getMessage() for record in caplog.records]
+    lines = [line for line in said if not line.startswith("GET /ready ")]  # the fixture's may come late
+    assert len(lines) == 2
     assert lines[0].startswith("POST /generate 200 ")
     assert response.headers["x-request-id"] in lines[0]
     assert lines[1].startswith("GET /x\\nERROR\\x1b[31m forged 404 ")

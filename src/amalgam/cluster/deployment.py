@@ -179,10 +179,10 @@ class ClusterEngine:
     def stop(self) -> None:
         """Nothing runs here."""
 
-    def check_prompt_length(self, num_tokens: int) -> NoReturn:
+    def check_prompt_length(self, num_tokens: int, num_new_tokens: int = 1) -> NoReturn:
         _not_here("The gateway computes nothing.")
 
-    def checked_prompt(self, prompt_ids: Sequence[int]) -> NoReturn:
+    def checked_prompt(self, prompt_ids: Sequence[int], num_new_tokens: int = 1) -> NoReturn:
         _not_here("The gateway computes nothing.")
 
     def stream(self, *arguments: Any, **named: Any) -> NoReturn:

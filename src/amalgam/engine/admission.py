@@ -37,13 +37,14 @@ class Admission:
         self._scheduler = scheduler
         self._observer = observer
 
-    def checked_prompt(self, prompt_ids: Sequence[int]) -> CheckedPrompt:
+    def checked_prompt(self, prompt_ids: Sequence[int], num_new_tokens: int) -> CheckedPrompt:
         """
         Raises:
             RequestError: the prompt is empty or holds something that is not a token id of the model.
-            PromptTooLongError: the prompt leaves no room for a new token.
+            PromptTooLongError: the prompt leaves no room for so many new tokens.
         """
-        self._scheduler.check_prompt_length(len(prompt_ids))  # before anything that takes time in its length
+        # Before anything that takes time in its length.
+        self._scheduler.check_prompt_length(len(prompt_ids), num_new_tokens)
         return checked_prompt(prompt_ids, self._vocab_size)
 
     def answer(
@@ -56,7 +57,7 @@ class Admission:
         version: WeightVersion | None,
     ) -> Request:
         """A request for an answer; see `Engine.submit`."""
-        prompt_ids = self.checked_prompt(prompt_ids)
+        prompt_ids = self.checked_prompt(prompt_ids, min(1, params.max_new_tokens))
         check_param_ids(params, self._vocab_size)
         seed = secrets.randbelow(MAX_SEED + 1) if params.seed is None else params.seed
         text = TextStream(
@@ -94,7 +95,7 @@ class Admission:
         version: WeightVersion | None,
     ) -> Request:
         """A request for one vector; see `Engine.submit_embedding`."""
-        prompt_ids = self.checked_prompt(prompt_ids)
+        prompt_ids = self.checked_prompt(prompt_ids, num_new_tokens=0)
         return Request(
             0,
             list(prompt_ids),

@@ -167,21 +167,21 @@ class Engine(Asking):
         """Queue a request for one vector, which its only output carries; see `embed`. Otherwise as `submit`."""
         return self._in_flight.add(self._admission.embedding(prompt_ids, pooling, on_output, observation, version))
 
-    def check_prompt_length(self, num_tokens: int) -> None:
+    def check_prompt_length(self, num_tokens: int, num_new_tokens: int = 1) -> None:
         """
         Raises:
-            PromptTooLongError: a prompt of so many tokens leaves no room for a new one.
+            PromptTooLongError: a prompt of so many tokens leaves no room for so many new ones.
         """
-        self._scheduler.check_prompt_length(num_tokens)
+        self._scheduler.check_prompt_length(num_tokens, num_new_tokens)
 
-    def checked_prompt(self, prompt_ids: Sequence[int]) -> Sequence[int]:
+    def checked_prompt(self, prompt_ids: Sequence[int], num_new_tokens: int = 1) -> Sequence[int]:
         """A prompt of which several requests are submitted: they do not check it again, which takes time in its length.
 
         Raises:
             RequestError: see `submit`.
-            PromptTooLongError: the prompt leaves no room for a new token.
+            PromptTooLongError: the prompt leaves no room for so many new tokens.
         """
-        return self._admission.checked_prompt(prompt_ids)
+        return self._admission.checked_prompt(prompt_ids, num_new_tokens)
 
     @contextmanager
     def between_steps(self) -> Iterator[None]:

@@ -127,6 +127,12 @@ class SamplingParams:
         if self.prompt_logprobs is not None:
             _check_int("prompt_logprobs", self.prompt_logprobs, 0, MAX_LOGPROBS)
         _check_int("min_tokens", self.min_tokens, 0, 2**31 - 1)
+        if self.given >= {"min_tokens", "max_new_tokens"} and self.min_tokens > self.max_new_tokens:
+            raise RequestError(
+                f"min_tokens is {self.min_tokens}, and at most {self.max_new_tokens} tokens are generated.",
+                remedy="Raise that limit, or lower min_tokens.",
+                param="min_tokens",
+            )
         _check_float("presence_penalty", self.presence_penalty, -MAX_PENALTY, MAX_PENALTY)
         _check_float("frequency_penalty", self.frequency_penalty, -MAX_PENALTY, MAX_PENALTY)
         _check_int("priority", self.priority, -MAX_PRIORITY, MAX_PRIORITY)

@@ -126,10 +126,10 @@ class Scheduler:
         """Put a new request in the queue, its `max_new_tokens` lowered to what fits.
 
         Raises:
-            PromptTooLongError: the prompt leaves no room for a new token.
+            PromptTooLongError: the prompt leaves no room for a new token, if it asks for one.
             OverloadedError: the queue is full.
         """
-        self.check_prompt_length(request.num_prompt_tokens)
+        self.check_prompt_length(request.num_prompt_tokens, min(1, request.max_new_tokens))
         self.check_room()
         request.max_new_tokens = min(request.max_new_tokens, self.max_sequence_tokens - request.num_prompt_tokens)
         insort(self.waiting, request, key=_rank)
@@ -147,14 +147,15 @@ class Scheduler:
                 remedy="Try again later.",
             )
 
-    def check_prompt_length(self, num_tokens: int) -> None:
+    def check_prompt_length(self, num_tokens: int, num_new_tokens: int = 1) -> None:
         """
         Raises:
-            PromptTooLongError: a prompt of so many tokens leaves no room for a new one.
+            PromptTooLongError: a prompt of so many tokens leaves no room for so many new ones.
         """
-        if num_tokens + 1 > self.max_sequence_tokens:
+        if num_tokens + num_new_tokens > self.max_sequence_tokens:
+            what = "with one new token at most" if num_new_tokens else "at most"
             raise PromptTooLongError(
-                f"The prompt has {num_tokens} tokens, and with one new token at most {self.max_sequence_tokens} fit.",
+                f"The prompt has {num_tokens} tokens, and {what} {self.max_sequence_tokens} fit.",
                 remedy="Shorten it, or raise inference.max_seq_length or engine.kv_cache_bytes.",
             )
 

@@ -77,7 +77,7 @@ class Choices:
             OverloadedError: there is no room for the first prompt's samples.
             RequestError, UnavailableError: see `Engine.stream`.
         """
-        check_lengths(engine, prompts_ids, wanted.prompt_field)
+        check_lengths(engine, prompts_ids, wanted.prompt_field, min(1, wanted.params.max_new_tokens))
         choices = cls(engine, prompts_ids, wanted, max_in_flight)
         try:
             await choices._submit_next()
@@ -139,7 +139,8 @@ class Choices:
         streams: list[OutputStream] = []
         try:
             with naming(wanted.prompt_field, index, len(self._prompts_ids)):
-                prompt_ids = self._engine.checked_prompt(self._prompts_ids[index])
+                num_new_tokens = min(1, wanted.params.max_new_tokens)
+                prompt_ids = self._engine.checked_prompt(self._prompts_ids[index], num_new_tokens)
                 with self._engine.between_steps():
                     for sample in range(wanted.num_samples):
                         params = wanted.of_sample(sample)

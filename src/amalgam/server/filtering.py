@@ -46,9 +46,11 @@ class _FilteredEngine(WrappedEngine):
         self._deployment = deployment
         self._filters = filters
 
-    def checked_prompt(self, prompt_ids: Sequence[int]) -> Sequence[int]:
+    def checked_prompt(self, prompt_ids: Sequence[int], num_new_tokens: int = 1) -> Sequence[int]:
         """See `Engine.checked_prompt`. One that is refused has no tokens, and is not computed."""
-        return prompt_ids if isinstance(prompt_ids, RefusedPrompt) else self.wrapped.checked_prompt(prompt_ids)
+        if isinstance(prompt_ids, RefusedPrompt):
+            return prompt_ids
+        return self.wrapped.checked_prompt(prompt_ids, num_new_tokens)
 
     def stream(
         self,

@@ -61,7 +61,7 @@ async def complete_all(
     Raises:
         OverloadedError: there is no place even for the first.
     """
-    check_lengths(engine, prompts_ids, "prompts")
+    check_lengths(engine, prompts_ids, "prompts", 1)
     return await run_all(
         lambda prompt_ids: complete(engine, prompt_ids, params, observation), prompts_ids, max_in_flight
     )
@@ -90,18 +90,19 @@ async def run_all(
     return await fan_out(run_one, list(enumerate(prompts)), max_in_flight, waits_for_first=False)
 
 
-def check_lengths(engine: Engine, prompts_ids: Sequence[Sequence[int]], name: str) -> None:
+def check_lengths(engine: Engine, prompts_ids: Sequence[Sequence[int]], name: str, num_new_tokens: int) -> None:
     """To be called before any prompt is computed: an error of one fails all.
 
     Args:
         name: of the field that they stand in.
+        num_new_tokens: that there must be room for.
 
     Raises:
-        PromptTooLongError: one leaves no room for a new token.
+        PromptTooLongError: one leaves no room for them.
     """
     for index, prompt_ids in enumerate(prompts_ids):
         with naming(name, index, len(prompts_ids)):
-            engine.check_prompt_length(len(prompt_ids))
+            engine.check_prompt_length(len(prompt_ids), num_new_tokens)
 
 
 def checked(output: RequestOutput) -> RequestOutput:

@@ -281,10 +281,10 @@ class Service:
         return [token_ids for token_ids, _ in await self._encode(prompts, max_tokens, name, filters, is_answered)]
 
     async def encode_texts(
-        self, prompts: Sequence[TextPrompt], name: str, *, is_answered: bool = True
+        self, prompts: Sequence[TextPrompt], name: str, max_tokens: int, *, is_answered: bool = True
     ) -> list[tuple[list[int], str]]:
         """The same of texts, each with the text that was encoded."""
-        encoded = await self._encode(prompts, None, name, self.filters, is_answered)
+        encoded = await self._encode(prompts, max_tokens, name, self.filters, is_answered)
         return [(ids, prompt.text if isinstance(prompt, TextPrompt) else "") for ids, prompt in encoded]
 
     async def _encode(

@@ -58,11 +58,11 @@ class WrappedEngine:
     def status(self) -> EngineStatus:
         return self.wrapped.status()
 
-    def check_prompt_length(self, num_tokens: int) -> None:
-        self.wrapped.check_prompt_length(num_tokens)
+    def check_prompt_length(self, num_tokens: int, num_new_tokens: int = 1) -> None:
+        self.wrapped.check_prompt_length(num_tokens, num_new_tokens)
 
-    def checked_prompt(self, prompt_ids: Sequence[int]) -> Sequence[int]:
-        return self.wrapped.checked_prompt(prompt_ids)
+    def checked_prompt(self, prompt_ids: Sequence[int], num_new_tokens: int = 1) -> Sequence[int]:
+        return self.wrapped.checked_prompt(prompt_ids, num_new_tokens)
 
     def stream(
         self,

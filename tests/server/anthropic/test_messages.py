@@ -63,7 +63,7 @@ class ScriptedEngine(FakeEngine):
     def max_prompt_tokens(self) -> int:
         return 2000
 
-    def check_prompt_length(self, num_tokens: int) -> None:
+    def check_prompt_length(self, num_tokens: int, num_new_tokens: int = 1) -> None:
         pass
 
     def stream(

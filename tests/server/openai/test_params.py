@@ -7,6 +7,8 @@ from typing import Any
 import httpx
 import pytest
 
+from tests.server.openai.conftest import MAX_TOKENS
+
 CHAT, COMPLETIONS, RESPONSES, EMBEDDINGS = "/v1/chat/completions", "/v1/completions", "/v1/responses", "/v1/embeddings"
 USER: dict[str, Any] = {"messages": [{"role": "user", "content": "a"}]}
 LONG = "sea " * 9000
@@ -42,6 +44,13 @@ CASES: list[tuple[str, dict[str, Any], str]] = [
     *[(path, {**given, "logit_bias": {str(UNKNOWN): 1}}, "logit_bias")
       for path, given in ((COMPLETIONS, {"prompt": "a"}), (CHAT, USER), (RESPONSES, {"input": "a"}))],
     (CHAT, {**USER, "stop_token_ids": [UNKNOWN]}, "stop_token_ids"),
+    (COMPLETIONS, {"prompt": "a", "max_tokens": 3, "min_tokens": 4}, "min_tokens"),
+    (CHAT, {**USER, "max_tokens": 3, "min_tokens": 4}, "min_tokens"),
+    (RESPONSES, {"input": "a", "max_output_tokens": 3, "min_tokens": 4}, "min_tokens"),
+    (COMPLETIONS, {"prompt": [5] * MAX_TOKENS, "max_tokens": 1}, "prompt"),
+    (COMPLETIONS, {"prompt": [5] * (MAX_TOKENS + 1), "max_tokens": 0, "echo": True}, "prompt"),
+    (EMBEDDINGS, {"input": [5] * (MAX_TOKENS + 1)}, "input"),
+    (EMBEDDINGS, {"input": [[5], [5, UNKNOWN]]}, "input"),
     *[(path, schema_of(path, schema), "response_format") for path in (COMPLETIONS, CHAT) for schema in (NOT, HUGE)],
     *[(RESPONSES, schema_of(RESPONSES, schema), "text.format") for schema in (NOT, HUGE)],
     (RESPONSES, schema_of(RESPONSES, {}) | tools_of(RESPONSES, GOOD, tool_choice="required"), "text.format"),
@@ -65,6 +74,37 @@ def test_the_field_is_named(http: httpx.Client, path: str, body: dict[str, Any],
     answer = http.post(path, json={"model": "demo", **body})
     error = answer.json()["error"]
     assert (answer.status_code, error["param"]) == (400, param), error["message"]
+
+
+@pytest.mark.parametrize(
+    ("path", "fields"),
+    [
+        (EMBEDDINGS, {}),
+        (COMPLETIONS, {"max_tokens": 0, "echo": True}),
+        (COMPLETIONS, {"max_tokens": 0, "prompt_logprobs": 0}),
+    ],
+)
+@pytest.mark.parametrize("is_text", [False, True])
+def test_a_prompt_that_no_token_follows_may_be_as_long_as_the_model_takes(
+    http: httpx.Client, path: str, fields: dict[str, Any], is_text: bool
+) -> None:
+    token_ids = http.post("/tokenize", json={"prompt": LONG}).json()["tokens"][:MAX_TOKENS]
+    prompt: Any = token_ids
+    if is_text:
+        prompt = http.post("/detokenize", json={"tokens": token_ids}).json()["prompt"]
+        assert http.post("/tokenize", json={"prompt": prompt}).json()["count"] == MAX_TOKENS
+    answer = http.post(path, json={"input" if path == EMBEDDINGS else "prompt": prompt, **fields})
+    assert answer.status_code == 200, answer.text
+    assert answer.json()["usage"]["prompt_tokens"] == MAX_TOKENS
+
+
+def test_how_many_prompts_there_may_be_and_what_says_so(http: httpx.Client) -> None:
+    told = {
+        path: http.post(path, json={name: ["a"] * 2049}).json()["error"]["message"]
+        for path, name in ((EMBEDDINGS, "input"), (COMPLETIONS, "prompt"))
+    }
+    assert "at most 2048." in told[EMBEDDINGS] and "server." not in told[EMBEDDINGS]
+    assert "256 (server.max_batch_prompts)" in told[COMPLETIONS]
 
 
 def test_a_tool_that_cannot_be_followed_is_named_without_the_rules_around_it(http: httpx.Client) -> None:

@@ -24,7 +24,7 @@ from amalgam.server.api.common import MAX_INT
 from amalgam.server.api.openai.answers import Head, TokenCounts, reason_of, stream_of, versions_of
 from amalgam.server.api.openai.documents import CompletionAnswer, OpenAIErrorAnswer
 from amalgam.server.api.openai.fields import SamplingFields
-from amalgam.server.api.openai.prompts import EncodedPrompts, Prompts, TokenIds, encode_prompts
+from amalgam.server.api.openai.prompts import EncodedPrompts, PromptLimit, Prompts, TokenIds, encode_prompts
 from amalgam.server.api.openai.tokens import LegacyLogprobs, TokenNames, prompt_logprobs, routed_experts
 from amalgam.server.api.refusing import Refused
 from amalgam.server.choices import Choices, Collected, Wanted
@@ -94,9 +94,15 @@ async def create_completion(
     version_id = service.choose_weights(body.weights, body.user)
 
     async def answer() -> Response:
-        limit = service.settings.server.max_batch_prompts
+        limit = PromptLimit(service.settings.server.max_batch_prompts, "server.max_batch_prompts")
+        num_new_tokens = min(1, body.max_tokens)
         prompts = await encode_prompts(
-            service, "prompt", body.prompt, limit, add_special_tokens=body.add_special_tokens
+            service,
+            "prompt",
+            body.prompt,
+            limit,
+            add_special_tokens=body.add_special_tokens,
+            num_new_tokens=num_new_tokens,
         )
         prompts_ids = prompts.token_ids
         constraint = None if form is None else await compile_form(service, form)

@@ -20,7 +20,7 @@ from amalgam.server.api.common import WeightsField
 from amalgam.server.api.openai.answers import fingerprint
 from amalgam.server.api.openai.documents import EmbeddingAnswer, OpenAIErrorAnswer
 from amalgam.server.api.openai.fields import ModelField
-from amalgam.server.api.openai.prompts import Prompts, encode_prompts
+from amalgam.server.api.openai.prompts import PromptLimit, Prompts, encode_prompts
 from amalgam.server.dependencies import Admission, ServiceArgument
 from amalgam.server.generation import run_all
 from amalgam.server.http.access import unless_client_leaves
@@ -62,7 +62,13 @@ async def create_embeddings(body: EmbeddingBody, request: Request, service: Serv
 
     async def answer() -> Response:
         prompts = await encode_prompts(
-            service, "input", body.input, MAX_INPUTS, add_special_tokens=body.add_special_tokens, is_answered=False
+            service,
+            "input",
+            body.input,
+            PromptLimit(MAX_INPUTS),
+            add_special_tokens=body.add_special_tokens,
+            is_answered=False,
+            num_new_tokens=0,
         )
         prompts_ids = prompts.token_ids
         engine, observation = service.deployment.engine, Observation(body.domain)

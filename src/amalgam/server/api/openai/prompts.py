@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Annotated, Any
 
 from pydantic import Field, WithJsonSchema
@@ -36,6 +37,16 @@ Prompts = Annotated[
 
 TokenIds = list[int]
 
+MAX_INLINE_IDS = 4096  # that the event loop checks itself: what a thread costs is more than it saves
+
+
+@dataclass(frozen=True)
+class PromptLimit:
+    """How many prompts a request may have, and by which setting; empty: by none."""
+
+    num_prompts: int
+    setting: str = ""
+
 
 @dataclass(frozen=True)
 class EncodedPrompts:
@@ -49,24 +60,29 @@ async def encode_prompts(
     service: Service,
     name: str,
     value: Any,
-    max_prompts: int,
+    limit: PromptLimit,
     *,
     add_special_tokens: bool = True,
     is_answered: bool = True,
+    num_new_tokens: int = 1,
 ) -> EncodedPrompts:
     """
     Args:
         name: of the field.
         is_answered: see `Service.encode`.
         add_special_tokens: those that the tokenizer puts around a text; token ids are taken as they are.
+        num_new_tokens: that there must be room for behind a prompt: 0 or 1.
 
     Raises:
         RequestError: it is none of the four kinds, or has too many prompts.
         OverloadedError, PromptTooLongError, ContentFilteredError: see `Service.encode`.
     """
-    prompts = _as_prompts(service, name, value, max_prompts)
+    prompts = _as_prompts(name, value, limit)
+    max_tokens = service.deployment.engine.max_prompt_tokens + 1 - num_new_tokens
+    await _check_token_ids(service, name, prompts, max_tokens)
     texts = [TextPrompt(prompt, add_special_tokens) for prompt in prompts if isinstance(prompt, str)]
-    encoded = iter(await service.encode_texts(texts, name, is_answered=is_answered))  # of none, tells of overload too
+    # Of none, too: it tells of overload.
+    encoded = iter(await service.encode_texts(texts, name, max_tokens, is_answered=is_answered))
     tokenizer, filters = service.deployment.tokenizer, service.filters
     token_ids: list[TokenIds] = []
     shown: list[str | None] = []
@@ -84,43 +100,57 @@ async def encode_prompts(
     return EncodedPrompts(token_ids, shown)
 
 
-def _as_prompts(service: Service, name: str, value: Any, max_prompts: int) -> Sequence[str | TokenIds]:
+def _as_prompts(name: str, value: Any, limit: PromptLimit) -> Sequence[str | TokenIds]:
+    """Texts, or lists of what should be token ids."""
     if isinstance(value, str):
         return [value]
     if not isinstance(value, list) or not value:
         raise _wrong(name, value)
     if type(value[0]) is int:
-        return [_token_ids(service, name, value)]
-    if len(value) > max_prompts:
+        return [value]
+    if len(value) > limit.num_prompts:
+        setting = f" ({limit.setting})" if limit.setting else ""
         raise RequestError(
-            f"{name} has {len(value)} entries.",
-            remedy=f"Allowed: at most server.max_batch_prompts, {max_prompts}.",
-            param=name,
+            f"{name} has {len(value)} entries.", remedy=f"Allowed: at most {limit.num_prompts}{setting}.", param=name
         )
     if all(isinstance(item, str) for item in value):
         return value
-    return [_token_ids(service, f"{name}[{index}]", item) for index, item in enumerate(value)]
+    for index, item in enumerate(value):
+        if not isinstance(item, list) or not item:
+            raise _wrong(f"{name}[{index}]", item)
+    return value
 
 
-def _token_ids(service: Service, name: str, value: Any) -> TokenIds:
-    if not isinstance(value, list) or not value:
-        raise _wrong(name, value)
-    deployment = service.deployment
-    if len(value) > deployment.engine.max_prompt_tokens:  # before anything that takes time in its length
-        raise PromptTooLongError(
-            f"{name} has {len(value)} tokens.",
-            remedy=f"Allowed: at most {deployment.engine.max_prompt_tokens}, so that one more fits.",
-            param=name.partition("[")[0],
-        )
-    vocab_size = deployment.tokenizer.vocab_size
-    for index, token_id in enumerate(value):
+async def _check_token_ids(service: Service, name: str, prompts: Sequence[str | TokenIds], max_tokens: int) -> None:
+    """Many of them in turns, as texts are encoded: a body of megabytes takes long.
+
+    Raises:
+        PromptTooLongError, RequestError: see `encode_prompts`.
+    """
+    vocab_size = service.deployment.tokenizer.vocab_size
+    for index, prompt in enumerate(prompts):
+        if isinstance(prompt, str):
+            continue
+        place = name if len(prompts) == 1 else f"{name}[{index}]"
+        if len(prompt) > max_tokens:  # before anything that takes time in its length
+            raise PromptTooLongError(
+                f"{place} has {len(prompt)} tokens.", remedy=f"Allowed: at most {max_tokens}.", param=name
+            )
+        check = partial(_check_ids, name, place, prompt, vocab_size)
+        if len(prompts) == 1 and len(prompt) <= MAX_INLINE_IDS:
+            check()
+        else:
+            await service.encoder.turn(check)
+
+
+def _check_ids(name: str, place: str, token_ids: TokenIds, vocab_size: int) -> None:
+    for index, token_id in enumerate(token_ids):
         if type(token_id) is not int or not 0 <= token_id < vocab_size:
             raise RequestError(
-                f"{name}[{index}] is {describe(token_id)}.",
+                f"{place}[{index}] is {describe(token_id)}.",
                 remedy=f"Allowed: a token id from 0 to {vocab_size - 1}.",
                 param=name,
             )
-    return value
 
 
 def _wrong(name: str, value: Any) -> RequestError:
