@@ -381,7 +381,7 @@ def _check_length(num_tokens: int, text: str, max_tokens: int) -> None:
     """Raise PromptTooLongError if a text that has at least `num_tokens` has more than `max_tokens`."""
     if num_tokens > max_tokens:
         raise PromptTooLongError(
-            f"The prompt of {len(text.encode())} bytes has at least {num_tokens} tokens, and at most {max_tokens} fit.",
+            f"The prompt of {len(text.encode())} bytes has at least {num_tokens} tokens, and may have {max_tokens}.",
             remedy="Shorten it, or raise inference.max_seq_length or engine.kv_cache_bytes.",
         )
 
