@@ -17,7 +17,7 @@ from tests.experts.routing import LAYER_IDS, NUM_EXPERTS, TOP_K, Clock, busy_tra
 
 def test_a_set_is_not_merged_under_a_name_that_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     tracker: Any = busy_tracker(0)
-    served = ExpertStatistics(tracker, lambda: pytest.fail("no weights are asked for"), "a")
+    served = ExpertStatistics(tracker, lambda: pytest.fail("no weights are asked for"), lambda _: None, "a")
     assert served.save_set(tmp_path, "a").file_name == "a.safetensors"
     monkeypatch.setattr(statistics, "load_named", lambda *_: pytest.fail("no set is read"))
     with raises(RequestError, "name", "'../x'"):
@@ -45,7 +45,7 @@ class Version:
 def test_activations_stay_with_the_format_that_they_had() -> None:
     tracker, versions = make_tracker(Clock()), [Version("bf16", "bf16"), Version("int4", "bf16")]
     current: list[Any] = versions[:1]
-    served = ExpertStatistics(tracker, lambda: current[0], "a")
+    served = ExpertStatistics(tracker, lambda: current[0], lambda _: None, "a")
     per_token = TOP_K * len(LAYER_IDS)
     run_tokens(tracker, 5)
     served.activations_by_format()  # as a change of the weights does

@@ -313,7 +313,8 @@ class FakeDeployment:
     def statistics(self) -> ExpertStatistics | None:
         if self.tracker is None:
             return None
-        return ExpertStatistics(self.tracker, lambda: self.version, model=self.model_name)
+        find = {self.version_id: self.version, **{one.version_id: one for one in self.named.values()}}.get
+        return ExpertStatistics(self.tracker, lambda: self.version, find, model=self.model_name)
 
     def expert_info(self, layer_id: int, expert_id: int) -> dict[str, Any]:
         projections = describe_projections(self.version, layer_id, expert_id, "cpu")
@@ -355,8 +356,9 @@ class FakeDeployment:
             "sources": {"base": {"path": "fake", **row}},
             "precisions": {"bf16": {"parameters": 1, **row}},
             "memory": {"weights_bytes": 2, "kv_cache_bytes": 0, "process_peak_bytes": 0},
-            "weight_version": self.engine.version.version_id,
+            "weight_version": {"version": self.engine.version.version_id},
             "sampling_defaults": self.defaults.as_json(),
+            "counts_experts": self.tracker is not None,
         }
 
     @property

@@ -40,6 +40,7 @@ class Script:
         status: an error's instead of an answer, with `message`.
         breaks_off: the connection ends without a finish reason.
         error: an error's message in the midst of the stream.
+        weight_version: that answers.
     """
 
     deltas: Sequence[str | Mapping[str, Any]] = ()
@@ -52,6 +53,7 @@ class Script:
     error: str = ""
     seconds: float = 0.0
     num_prompt_tokens: int = 12
+    weight_version: int = 1
 
 
 @dataclass
@@ -62,6 +64,9 @@ class ScriptedModel:
         requests: bodies and headers, in order.
         key: the API key that requests need, if any.
         num_left: answers whose client left before their end.
+        counts_experts: whether the routing of answers is told, if there are experts.
+        formats: weight version → the formats of expert 0, 1, 2 and so on, in turn; those that are in memory.
+        asked: weight versions whose formats have been asked for.
     """
 
     scripts: dict[str, list[Script]] = field(default_factory=dict)
@@ -71,6 +76,9 @@ class ScriptedModel:
     is_released: threading.Event = field(default_factory=threading.Event)
     num_left: int = 0
     num_experts: int = NUM_EXPERTS
+    counts_experts: bool = True
+    formats: dict[int, tuple[str, ...]] = field(default_factory=lambda: {1: tuple(FORMATS)})
+    asked: set[int] = field(default_factory=set)
 
     def script(self, text: str) -> Script:
         """The next script of a message; its last one stays."""
@@ -112,17 +120,25 @@ class ScriptedModel:
                 "sampling_defaults": {
                     "temperature": 0.7, "top_p": 0.9, "top_k": 50, "min_p": 0.0, "max_new_tokens": 512,
                 },
-                "weight_version": 1,
+                "weight_version": {"version": 1},
                 "has_chat_template": self.has_chat_template,
+                "counts_experts": self.num_experts > 0 and self.counts_experts,
             }
         )  # fmt: skip
 
     async def _precision_map(self, request: Request) -> Response:
-        names = [[list(FORMATS)[(layer + expert) % 3] for expert in range(NUM_EXPERTS)] for layer in range(NUM_LAYERS)]
+        version = int(request.query_params["weight_version"])
+        if version not in self.formats:
+            return JSONResponse({"error": {"message": "It is not in memory.", "type": "version_not_found"}}, 404)
+        formats = self.formats[version]
+        self.asked.add(version)
+        names = [
+            [formats[(layer + expert) % len(formats)] for expert in range(NUM_EXPERTS)] for layer in range(NUM_LAYERS)
+        ]
         names[0][1] = "mixed"
         return self._refusal(request) or JSONResponse(
             {
-                "weight_version": 1,
+                "weight_version": version,
                 "layer_ids": list(range(1, NUM_LAYERS + 1)),
                 "num_experts": NUM_EXPERTS,
                 "formats": [
@@ -143,6 +159,8 @@ class ScriptedModel:
             return refusal
         body = json.loads(await request.body())
         self.requests.append(body)
+        if body.get("routed_experts") and not self.counts_experts:
+            return JSONResponse({"error": {"message": "Expert statistics are not kept.", "type": "unsupported"}}, 400)
         script = self.script(text_of(body))
         if script.status != 200:
             headers = {} if script.retry_after is None else {"Retry-After": str(script.retry_after)}
@@ -151,7 +169,8 @@ class ScriptedModel:
 
     async def _events(self, script: Script, kind: str, body: Mapping[str, Any]) -> AsyncIterator[bytes]:
         def event(**fields: Any) -> bytes:
-            head = {"id": "x", "object": kind, "model": "scripted", "system_fingerprint": "amalgam-0-weights-1"}
+            fingerprint = f"amalgam-0-weights-{script.weight_version}"
+            head = {"id": "x", "object": kind, "model": "scripted", "system_fingerprint": fingerprint}
             return f"data: {json.dumps({**head, **fields})}\n\n".encode()
 
         is_chat = kind == "chat.completion.chunk"

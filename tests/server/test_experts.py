@@ -8,6 +8,7 @@ import json
 import math
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import httpx
@@ -21,7 +22,7 @@ from amalgam.experts.saved.files import from_bytes
 from amalgam.experts.tracker import ExpertTracker
 from amalgam.models.routing import TokenSpan
 from tests.server.conftest import serving, wait_until_ready
-from tests.server.fakes import FakeDeployment, fake_settings
+from tests.server.fakes import FakeDeployment, FakeVersion, fake_settings
 from tests.server.test_native import events
 
 NUM_TOKENS = 6
@@ -275,6 +276,30 @@ def test_precision_map_and_hints(client: httpx.Client) -> None:
     assert answer["projections"] == ["gate", "up", "down"]
     assert np.array(answer["formats"]).shape == np.array(answer["bytes"]).shape == (2, 4, 3)
     assert client.get("/experts/hints").json() == {"hints": [], "tokens": 6, "min_tokens": 256}
+
+
+def test_precision_maps_of_all_versions_in_memory(client: httpx.Client, deployment: FakeDeployment) -> None:
+    other = FakeVersion(7)
+    slot = "layers.0.mlp.experts.1.up"
+    other.origins[slot] = SimpleNamespace(name="a.up", format="int4", source="int4", shape=(2, 2))
+    other.weights[slot] = SimpleNamespace(nbytes=2)
+    deployment.named["candidate"] = other
+    path = "/experts/precision_map"
+    answer = client.get(path, params={"weight_version": 7})
+    assert answer.json()["weight_version"] == 7
+    assert answer.json()["formats"][0][1] == ["", "int4", ""]
+    assert client.get(path).json() == client.get(path, params={"weight_version": 1}).json()
+    assert client.get(path).json()["formats"][0][1] == ["", "", ""]
+    missing = client.get(path, params={"weight_version": 3})
+    assert (missing.status_code, missing.json()["error"]["type"]) == (404, "version_not_found")
+
+    headers = {"If-None-Match": answer.headers["etag"]}
+    kept = client.get(path, params={"weight_version": 7}, headers=headers)
+    assert (kept.status_code, kept.content) == (304, b"")
+    assert kept.headers["cache-control"] == "private, no-cache"
+    other_weights = FakeVersion(7)  # as a restart with another mapping has them
+    deployment.named["candidate"] = other_weights
+    assert client.get(path, params={"weight_version": 7}, headers=headers).json()["formats"][0][1] == ["", "", ""]
 
 
 @pytest.mark.parametrize(

@@ -302,8 +302,8 @@ class ClusterStatistics:
     def hints(self, minutes: float | None = None) -> Any:
         return self._ask("hints", minutes)
 
-    def precision_map(self) -> Any:
-        return self._ask("precision_map")
+    def precision_map(self, weight_version: int | None = None) -> Any:
+        return self._ask("precision_map", weight_version)
 
     def use_of(self, layer_id: int, expert_id: int) -> Any:
         return self._ask("use_of", layer_id, expert_id)

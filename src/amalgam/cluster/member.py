@@ -269,7 +269,11 @@ class Member(InProcessServer):
         )
         whole.restore(merge_saved_sets(sets), "the replicas' statistics")
         whole.restore_rates(rates)
-        self._merged = key, ExpertStatistics(whole, lambda: self._deployment.version, self._deployment.model_name)
+        deployment = self._deployment
+        self._merged = (
+            key,
+            ExpertStatistics(whole, lambda: deployment.version, deployment.version_in_memory, deployment.model_name),
+        )
 
     def statistics(self, key: str, method: str, *args: Any) -> Any:
         """What the statistics that were merged under `key` answer.

@@ -87,7 +87,9 @@ class Deployment:
         self._remapper = Remapper(settings, self.versions, engine, self.jobs, self._remaps, speculation, loaded)
         self._tracker = tracker
         self.statistics = (
-            None if tracker is None else ExpertStatistics(tracker, lambda: self.version, model=self.model_name)
+            None
+            if tracker is None
+            else ExpertStatistics(tracker, lambda: self.version, self.version_in_memory, model=self.model_name)
         )
         self.autoplan: Autoplan | None = None
         if proposer is not None and tracker is not None:
@@ -200,6 +202,11 @@ class Deployment:
             return self.versions.find(weights).version
         candidate = self.trials.choose(key)
         return self.version if candidate is None else candidate.version
+
+    def version_in_memory(self, version_id: int) -> WeightVersion | None:
+        """The version of a number while its weights are there, for requests in flight alone too; None: they are not."""
+        served = self.versions.alive(version_id)
+        return None if served is None else served.version
 
     def change(self, request: ChangeRequest, progress: Progress | None = None) -> RemapResult:
         """Make another version and let new requests start on it, or give it a name. Blocking.
@@ -330,7 +337,11 @@ class Deployment:
         described = describe_model(
             self.model_name, self.settings, self._served, self.engine, self.defaults, self.loaded_seconds
         )
-        return {**described, "has_chat_template": self.tokenizer.has_chat_template}
+        return {
+            **described,
+            "has_chat_template": self.tokenizer.has_chat_template,
+            "counts_experts": self.statistics is not None,
+        }
 
     def device_figures(self) -> dict[str, DeviceFigures]:
         """What lies on each device, and what went to and fro."""

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from amalgam.config.statistics import StatisticsSettings
-from amalgam.errors import RequestError
+from amalgam.errors import RequestError, VersionNotFoundError
 from amalgam.experts.by_format import FormatCounter
 from amalgam.experts.hints import COLD, MIN_TOKENS
 from amalgam.experts.overview import build_overview, compare_traffic, drift_minutes, drift_or_reason, drift_sides
@@ -50,12 +50,20 @@ class ExpertStatistics:
     Args:
         tracker: what counts, in the engine's steps.
         version: gives the weight version that new requests start on.
+        find: gives a version in memory by its number; None: it is not there.
         model: its name, for reports.
     """
 
-    def __init__(self, tracker: ExpertTracker, version: Callable[[], WeightVersion], model: str) -> None:
+    def __init__(
+        self,
+        tracker: ExpertTracker,
+        version: Callable[[], WeightVersion],
+        find: Callable[[int], WeightVersion | None],
+        model: str,
+    ) -> None:
         self.tracker = tracker
         self._version = version
+        self._find = find
         self._model = model
         self._formats = FormatCounter(tracker)
 
@@ -166,9 +174,22 @@ class ExpertStatistics:
             "min_tokens": MIN_TOKENS,
         }
 
-    def precision_map(self) -> dict[str, Any]:
-        """Format, source and bytes of each projection of each expert."""
-        version = self._version()
+    def precision_map(self, weight_version: int | None = None) -> dict[str, Any]:
+        """Format, source and bytes of each projection of each expert.
+
+        Args:
+            weight_version: its number; None: what new requests start on.
+
+        Raises:
+            VersionNotFoundError: it is not in memory.
+        """
+        version = self._version() if weight_version is None else self._find(weight_version)
+        if version is None:
+            raise VersionNotFoundError(
+                f"Weight version {weight_version} is not in memory.",
+                remedy="GET /weights lists those.",
+                param="weight_version",
+            )
         found = precision_map(version, self.tracker.layer_ids, self.tracker.num_experts)
         return {"weight_version": version.version_id, **found.as_json()}
 

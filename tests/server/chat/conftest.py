@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import pytest
 
 from tests.server.browser import Page
-from tests.server.scripted import NUM_EXPERTS, ScriptedModel, serving_scripts
+from tests.server.scripted import FORMATS, NUM_EXPERTS, ScriptedModel, serving_scripts
 
 
 @pytest.fixture(scope="module")
@@ -31,6 +31,8 @@ def page(browser: Page, model: ScriptedModel, url: str) -> Iterator[Page]:
     model.key = ""
     model.has_chat_template = True
     model.num_experts = NUM_EXPERTS
+    model.counts_experts = True
+    model.formats = {1: tuple(FORMATS)}
     browser.open(url + "/")
     yield browser
     model.is_released.set()

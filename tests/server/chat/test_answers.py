@@ -8,9 +8,10 @@ from typing import Any
 
 import numpy as np
 import pytest
+from selenium.webdriver.common.keys import Keys
 
 from tests.server.browser import Page
-from tests.server.chat.saying import MARKDOWN, answers, say, wait_for_end
+from tests.server.chat.saying import MARKDOWN, answers, prompt, say, wait_for_end
 from tests.server.scripted import NUM_EXPERTS, NUM_LAYERS, TOP_K, Script, ScriptedModel, routed, routing
 
 HOSTILE = r"""<script>window.hit = 1</script> <img src=x onerror="window.hit = 1"> <svg/onload=window.hit=1>
@@ -230,3 +231,42 @@ def test_a_model_without_experts(page: Page, model: ScriptedModel, url: str) -> 
     assert "routed_experts" not in model.requests[-1]
     assert page.text(".use h3") == "Precision of the weights"
     assert "bf16" in page.text(".use .formats")
+
+
+def formats(page: Page, number: int) -> set[str]:
+    """The formats beside one of the answers, counted from 0."""
+    names: list[str] = page.run(
+        """return [...document.querySelectorAll('.assistant')][arguments[0]].querySelectorAll('.formats span').values()
+            .map((node) => node.textContent).toArray()""",
+        number,
+    )
+    return set(names)
+
+
+def test_precisions_are_those_of_the_weights_that_answered(page: Page, model: ScriptedModel, url: str) -> None:
+    say(page, "hi")
+    assert formats(page, 0) == {"bf16", "fp8", "int4", "int4 + bf16"}
+    model.formats = {1: ("bf16",)}  # another process, whose first version is another one
+    say(page, "after a restart")
+    assert formats(page, 1) == {"bf16", "int4 + bf16"}
+    assert formats(page, 0) == {"bf16", "fp8", "int4", "int4 + bf16"}
+
+    model.formats[2] = ("fp8",)
+    model.scripts["candidate"] = [Script(["a", "b"], weight_version=2)]
+    say(page, "candidate")
+    assert formats(page, 2) == {"fp8", "int4 + bf16"}
+    model.scripts["replaced"] = [Script(["a", "b"], weight_version=3, is_held=True)]
+    model.formats[3] = ("int4",)
+    prompt(page).send_keys("replaced", Keys.ENTER)
+    page.wait("return [...document.querySelectorAll('.markdown')].at(-1)?.textContent === 'a'")
+    page.wait(lambda: 3 in model.asked)
+    del model.formats[3]
+    model.is_released.set()
+    wait_for_end(page)
+    assert formats(page, 3) == {"int4", "int4 + bf16"}
+
+    model.counts_experts = False
+    page.open(url + "/")
+    say(page, "nothing is counted")
+    assert answers(page) == ["You said: nothing is counted"]
+    assert page.count(".use") == 0 and page.count(".problem") == 0

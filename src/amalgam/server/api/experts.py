@@ -6,16 +6,18 @@ In: windows, labels, names. Out: figures. All arithmetic is done in threads.
 from __future__ import annotations
 
 import asyncio
+import hashlib
 from typing import Annotated, Any, Literal
 
 from fastapi import APIRouter, Query
 from pydantic import BaseModel, ConfigDict, Field
+from starlette.requests import Request
 from starlette.responses import Response
 
 from amalgam.experts.saved.names import MAX_FILE_NAME_CHARS
 from amalgam.server.api.queries import SharedQuery, SharedWindowQuery, WindowBody, WindowQuery, share
 from amalgam.server.dependencies import ServiceArgument
-from amalgam.server.http.body import NoFields, StrictRoute
+from amalgam.server.http.body import Body, NoFields, StrictRoute
 from amalgam.server.http.errors import OrjsonResponse
 from amalgam.server.service import Service
 
@@ -56,6 +58,13 @@ class CompareQuery(MeasureQuery):
 class LayerQuery(SharedQuery):
     layer_id: int = Field(ge=0)
     """A decoder layer that has experts."""
+
+
+class PrecisionMapQuery(Body):
+    model_config = ConfigDict(strict=False)
+
+    weight_version: int | None = Field(default=None, ge=1)
+    """A version whose weights are in memory, for requests in flight alone too; null: what new requests start on."""
 
 
 class ResetAnswer(BaseModel):
@@ -149,7 +158,22 @@ async def get_hints(service: ServiceArgument, query: Annotated[SharedWindowQuery
 
 
 @router.get("/experts/precision_map", response_model=dict[str, Any])
-async def get_precision_map(service: ServiceArgument) -> Response:
-    """Format, source and bytes of each projection of each expert, in the version that new requests start on."""
+async def get_precision_map(
+    request: Request, service: ServiceArgument, query: Annotated[PrecisionMapQuery, Query()]
+) -> Response:
+    """Format, source and bytes of each projection of each expert, in one weight version.
+
+    Whoever keeps an answer may ask again with its ETag: after a restart the same number may mean other weights.
+    """
     make = service.statistics.precision_map
-    return await asyncio.to_thread(lambda: OrjsonResponse(make()))
+
+    def respond() -> Response:
+        response = OrjsonResponse(make(query.weight_version))
+        etag = f'"{hashlib.sha256(response.body).hexdigest()[:32]}"'
+        headers = {"ETag": etag, "Cache-Control": "private, no-cache"}
+        if etag in request.headers.get("if-none-match", ""):
+            return Response(status_code=304, headers=headers)
+        response.headers.update(headers)
+        return response
+
+    return await asyncio.to_thread(respond)

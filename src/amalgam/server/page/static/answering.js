@@ -90,7 +90,7 @@ async function finish(node, result, clock) {
   node.model = server.model;
   node.figures = figures(clock, result.usage);
   try {
-    const use = await useOf(result);
+    const use = useOf(result, await result.precision);
     if (use) node.use = use;
   } catch {
     // the answer stands without it

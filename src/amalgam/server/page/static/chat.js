@@ -1,7 +1,7 @@
 // One answer: a conversation goes to the OpenAI interface, its stream comes back piece by piece.
 
 import { ApiError, stream } from "./api.js";
-import { server } from "./server.js";
+import { precisionOf, server, tellsExperts } from "./server.js";
 
 const WEIGHTS = /-weights-(\d+)$/; // of a system_fingerprint
 
@@ -9,7 +9,7 @@ const WEIGHTS = /-weights-(\d+)$/; // of a system_fingerprint
 export const isContinuing = () => server.info?.has_chat_template === false;
 
 // Streams the answer to `nodes` (see tree.js) and calls take({text, reasoning, toolCall}) for each piece.
-// Returns {finish, usage, routedExperts, version}. Raises ApiError, or what `signal` aborts with.
+// Returns {finish, usage, routedExperts, version, precision}, the last a promise. Raises ApiError, or what `signal` aborts with.
 export async function answer(conversation, nodes, { seed, signal, take }) {
   if (isContinuing()) {
     return run("v1/completions", { ...common(conversation, seed), prompt: nodes.map((node) => node.content).join("") }, { signal, take });
@@ -20,7 +20,7 @@ export async function answer(conversation, nodes, { seed, signal, take }) {
 function common({ sampling }, seed) {
   return {
     model: server.modelId || server.model, stream: true, stream_options: { include_usage: true }, ...sampling, seed,
-    routed_experts: server.info?.sizes.experts_per_layer ? true : undefined,
+    routed_experts: tellsExperts() ? true : undefined,
   };
 }
 
@@ -41,12 +41,15 @@ function message({ role, content, toolCalls, callId }) {
 }
 
 async function run(path, body, { signal, take }) {
-  const result = { finish: null, usage: null, routedExperts: null, version: null };
+  const result = { finish: null, usage: null, routedExperts: null, version: null, precision: null };
   await stream(path, body, (event) => {
     if (event.error) throw new ApiError(event.error.message, event.error.status ?? null, event.error.type);
     if (event.usage) result.usage = event.usage;
     const weights = event.system_fingerprint?.match(WEIGHTS);
-    if (weights) result.version = Number(weights[1]);
+    if (weights && Number(weights[1]) !== result.version) {
+      result.version = Number(weights[1]);
+      result.precision = precisionOf(result.version); // asked now: with the answer, weights that were replaced may go
+    }
     const choice = event.choices?.[0];
     if (!choice) return;
     if (choice.finish_reason) result.finish = choice.finish_reason;

@@ -116,14 +116,14 @@ function useNote(word) {
 }
 
 // The card of an answer, if it has one.
-export function fillUse(host, node, isMoe) {
+export function fillUse(host, node, isTold) {
   if (node.use) {
     const card = useCard(node.use);
     fill(host, card.node);
     return card;
   }
-  if (isMoe && node.isOpen) fill(host, useNote("use_reading"));
-  else if (isMoe && node.finish === "stopped") fill(host, useNote("use_missing"));
+  if (isTold && node.isOpen) fill(host, useNote("use_reading"));
+  else if (isTold && node.finish === "stopped") fill(host, useNote("use_missing"));
   else fill(host);
   return null;
 }

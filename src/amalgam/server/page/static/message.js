@@ -11,7 +11,7 @@ import { t } from "./i18n.js";
 import { icon } from "./icons.js";
 import { MarkdownView } from "./markdown/view.js";
 import { problemBox } from "./problem.js";
-import { server } from "./server.js";
+import { tellsExperts } from "./server.js";
 import { addNode, follow, removeNode, siblings } from "./tree.js";
 
 const TALL = 260; // pixels: as high as the card beside it
@@ -160,9 +160,8 @@ class AnswerView {
 
   // Made again only when there is something else to show.
   showUse() {
-    const isMoe = Boolean(server.info?.sizes.experts_per_layer);
-    const key = JSON.stringify([Boolean(this.message.use), Boolean(this.message.isOpen), this.message.finish, isMoe]);
-    if (key !== this.useKey) this.card = fillUse(this.use, this.message, isMoe);
+    const key = JSON.stringify([Boolean(this.message.use), Boolean(this.message.isOpen), this.message.finish, tellsExperts()]);
+    if (key !== this.useKey) this.card = fillUse(this.use, this.message, tellsExperts());
     this.useKey = key;
   }
 

@@ -6,7 +6,7 @@ const BUSY_MS = 2000; // between two looks while it loads or cannot be reached
 const IDLE_MS = 15000;
 const listeners = [];
 let timer = 0; // of the next look
-const maps = new Map(); // weight version → the precision map, or null where there is none
+let uptime = 0; // seconds, when it was last looked at
 
 export const server = {
   status: "connecting", // then the server's own word, or "disconnected"
@@ -21,18 +21,21 @@ export function onServer(listener) {
 }
 
 const isReady = () => server.status === "healthy";
+const state = () => [server.status, server.model, server.version, server.info];
 
 // Looks at once, calls the listeners if anything has changed, and will look again: soon, if something is wrong.
 export async function look() {
-  const before = JSON.stringify([server.status, server.model, server.version, Boolean(server.info)]);
+  const before = state();
   try {
     const found = await get("./");
+    const isRestarted = found.uptime_seconds < uptime; // its numbers mean other weights
+    uptime = found.uptime_seconds;
     Object.assign(server, { status: found.status, model: found.model, version: found.weight_version });
-    if (isReady() && (!server.info || server.info.weight_version !== server.version)) await describe();
+    if (isReady() && (isRestarted || server.info?.weight_version.version !== server.version)) await describe();
   } catch (error) {
     if (error.status === undefined) server.status = "disconnected";
   }
-  if (JSON.stringify([server.status, server.model, server.version, Boolean(server.info)]) !== before) for (const listener of listeners) listener();
+  if (state().some((value, index) => value !== before[index])) for (const listener of listeners) listener();
   lookLater();
 }
 
@@ -47,15 +50,18 @@ async function describe() {
   server.info = info;
 }
 
-// Of one weight version; null where the server does not tell, or no longer has that version.
-export async function precisionMap(version) {
-  if (!maps.has(version)) {
-    try {
-      const map = await get("experts/precision_map");
-      maps.set(map.weight_version, map);
-    } catch {
-      return null;
-    }
+// Whether answers come with the experts that they used.
+export const tellsExperts = () => Boolean(server.info?.counts_experts);
+
+// In which precision a weight version holds its experts (GET /experts/precision_map), or all its weights if there are
+// no experts (GET /model_info). null: the server does not tell, or no longer has that version. It is asked each time:
+// after a restart the same number may mean other weights, and the browser keeps what has not changed.
+export async function precisionOf(version) {
+  try {
+    if (tellsExperts()) return await get("experts/precision_map", { weight_version: version });
+    const info = server.info?.sizes.experts_per_layer ? null : await get("model_info");
+    return info?.weight_version.version === version ? info : null;
+  } catch {
+    return null;
   }
-  return maps.get(version) ?? null;
 }

@@ -5,18 +5,17 @@
 // Without experts, `formats` has the shares of the weights' bytes.
 
 import { readNpy } from "./npy.js";
-import { precisionMap, server } from "./server.js";
+import { server, tellsExperts } from "./server.js";
 
+// `precision`: see `precisionOf`. null: nothing is known.
 // Row i of the routing belongs to the step that gave token i + 1: the prompt's last row gave the answer's first token.
-export async function useOf({ routedExperts, usage, version }) {
-  const weights = version ?? server.version;
-  if (!routedExperts) return server.info ? ofWeights(weights) : null;
-  const map = await precisionMap(weights);
-  return ofExperts(readNpy(routedExperts), usage?.prompt_tokens ?? 1, map, weights);
+export function useOf({ routedExperts, usage, version }, precision) {
+  if (routedExperts) return ofExperts(readNpy(routedExperts), usage?.prompt_tokens ?? 1, precision, version);
+  return precision && !tellsExperts() ? ofWeights(precision, version) : null;
 }
 
-function ofWeights(version) {
-  const rows = Object.entries(server.info.precisions);
+function ofWeights({ precisions }, version) {
+  const rows = Object.entries(precisions);
   const total = rows.reduce((sum, [, row]) => sum + row.bytes, 0);
   const formats = rows.map(([name, row]) => ({ name, bits: (row.bytes * 8) / row.parameters, share: row.bytes / total }));
   return { version, isExperts: false, formats: formats.sort((a, b) => b.share - a.share) };
