@@ -56,6 +56,25 @@ class Page:
         self.complaints.clear()
         self.addresses.clear()
 
+    @contextmanager
+    def second_tab(self, url: str) -> Iterator[tuple[str, str]]:
+        """Another tab of the same browser, in front; gives the handles of the first and this one."""
+        first: str = self.driver.current_window_handle
+        self.driver.switch_to.new_window("tab")
+        try:
+            self.open(url)
+            yield first, self.driver.current_window_handle
+        finally:
+            for handle in self.driver.window_handles:
+                if handle != first:
+                    self.driver.switch_to.window(handle)
+                    self.driver.close()
+            self.driver.switch_to.window(first)
+
+    def front(self, handle: str) -> None:
+        """Turn to a tab."""
+        self.driver.switch_to.window(handle)
+
     def open(self, url: str) -> None:
         """Open the dashboard at `url` and wait until its first figures are there."""
         self.driver.get(url)

@@ -119,6 +119,7 @@ class ScriptedModel:
                 },
                 "sampling_defaults": {
                     "temperature": 0.7, "top_p": 0.9, "top_k": 50, "min_p": 0.0, "max_new_tokens": 512,
+                    "from_model": ["temperature"],
                 },
                 "weight_version": {"version": 1},
                 "has_chat_template": self.has_chat_template,

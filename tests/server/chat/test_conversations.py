@@ -103,6 +103,19 @@ def test_regenerate_edit_and_branches(page: Page, model: ScriptedModel) -> None:
     assert answers(page) == ["mine"]
 
 
+def test_undo_brings_back_and_takes_nothing(page: Page) -> None:
+    say(page, "one")
+    say(page, "two")
+    page.run("[...document.querySelectorAll('.user .do-delete')].at(-1).click()")
+    assert said(page) == ["one"]
+    page.run("document.querySelector('.toast').dispatchEvent(new PointerEvent('pointerenter'))")  # which keeps it
+    say(page, "instead")
+    page.click(".toast button")
+    assert (said(page), answers(page)) == (["one", "instead"], ["You said: one", "You said: instead"])
+    page.run("[...document.querySelectorAll('.user .do-branch_before')].at(-1).click()")
+    assert (said(page), answers(page)) == (["one", "two"], ["You said: one", "You said: two"])
+
+
 def test_conversations_stay(page: Page, model: ScriptedModel, url: str) -> None:
     model.scripts["first"] = [Script([{"reasoning_content": "hm"}, "**yes**"])]
     say(page, "first")

@@ -27,7 +27,13 @@ from tests.server.scripted import Script, ScriptedModel
 
 def test_settings(page: Page, model: ScriptedModel, url: str) -> None:
     page.click("#settings-open")
-    assert page.run("return document.querySelector('#set-temperature').placeholder") == "0.7"
+    placeholder = "return document.querySelector(`#set-${arguments[0]}`).placeholder"
+    names = ("temperature", "top_p", "top_k", "max_tokens", "seed")
+    # The model has a temperature of its own; of the rest holds what a chat makes of nothing.
+    assert [page.run(placeholder, name) for name in names] == ["0.7", "1", "0", "as many as fit", "random"]
+    page.click("#language")
+    assert page.run(placeholder, "max_tokens") == "不限"
+    page.click("#language")
     page.driver.find_element("css selector", "#system").send_keys("Be brief.")
     values = {"temperature": 0.25, "top_p": 0.5, "top_k": 7, "min_p": 0.1, "max_tokens": 33, "seed": 5}
     for name, value in values.items():
@@ -47,6 +53,22 @@ def test_settings(page: Page, model: ScriptedModel, url: str) -> None:
     prompt(page).send_keys("y", Keys.ENTER)
     assert page.run("return !document.querySelector('#set-top_p').checkValidity()")
     assert said(page) == []  # what the server would refuse is not sent
+    assert page.run("return document.querySelector('#prompt').value") == "y"
+
+    page.run("[...document.querySelectorAll('#settings .row button')][1].click()")  # reset
+    prompt(page).send_keys(Keys.ENTER)
+    page.wait("return document.querySelectorAll('.assistant .do-regenerate').length === 1")
+    num_requests = len(model.requests)
+    for name, value in (("#tools", "[{bad"), ("#set-top_p", "7")):
+        field = page.driver.find_element("css selector", name)
+        field.send_keys(value, Keys.TAB)
+        page.click("#settings .ghost")
+        page.click(".assistant .do-regenerate")
+        assert page.run("return document.activeElement === arguments[0]", field)
+        assert len(model.requests) == num_requests and page.count(".problem") == 0
+        field.clear()
+    page.click(".assistant .do-regenerate")
+    page.wait(lambda: len(model.requests) == num_requests + 1)
 
 
 def test_a_key_is_asked_for_and_kept_in_the_tab(page: Page, model: ScriptedModel, url: str) -> None:

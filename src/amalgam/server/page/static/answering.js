@@ -1,35 +1,40 @@
 // Answers as they come: what is sent, what is kept, and what went wrong. An answer goes on while another conversation is
 // shown.
 
-import { app, emit, keep } from "./app.js";
+import { app, emit, isAnswering, keep } from "./app.js";
 import { answer } from "./chat.js";
 import { Stopwatch } from "./clock.js";
 import { look, server } from "./server.js";
+import { checkSettings } from "./settings.js";
+import { begin, end } from "./tabs.js";
 import { addNode, path, siblings, titleFrom } from "./tree.js";
 import { useOf } from "./use.js";
 
 const SAVE_MS = 2000; // so that a page that is closed loses no more
 
+// One answer at a time in a conversation, in all tabs, and none with settings that the server would refuse. What is not
+// taken is to stay where it was written: the functions below say whether it was.
+const isTaken = (conversation) => !isAnswering(conversation.id) && checkSettings();
+
 // Say something at the end of the branch that is shown, or below `parent`.
 export function say(conversation, content, parent = conversation.leaf) {
-  if (app.running.has(conversation.id)) return;
+  if (!isTaken(conversation)) return false;
   const node = addNode(conversation, parent, { role: "user", content });
   if (!conversation.title) conversation.title = titleFrom(content);
   reply(conversation, node);
+  return true;
 }
 
 export function giveResults(conversation, calls) {
+  if (!isTaken(conversation)) return false;
   let parent = conversation.leaf;
   for (const { id, name, content } of calls) parent = addNode(conversation, parent, { role: "tool", content, callId: id, name }).id;
   reply(conversation, conversation.nodes[parent]);
+  return true;
 }
 
 export function regenerate(conversation, node) {
-  if (!app.running.has(conversation.id)) reply(conversation, conversation.nodes[node.parent]);
-}
-
-export function stop(conversation) {
-  app.running.get(conversation.id)?.controller.abort();
+  if (isTaken(conversation)) reply(conversation, conversation.nodes[node.parent]);
 }
 
 // An answer to `parent`, beside those that there are.
@@ -38,6 +43,7 @@ async function reply(conversation, parent) {
   const clock = new Stopwatch();
   const run = { node, clock, controller: new AbortController() };
   app.running.set(conversation.id, run);
+  begin(conversation.id, node.id);
   emit("thread", { hasGrown: true });
   keep(conversation, { isTouched: true });
   let savedAt = performance.now();
@@ -64,7 +70,8 @@ async function reply(conversation, parent) {
     delete node.isOpen;
     app.running.delete(conversation.id);
     emit("thread", { finished: node });
-    keep(conversation, { isTouched: true });
+    await keep(conversation, { isTouched: true });
+    end(conversation.id);
   }
 }
 

@@ -1,11 +1,10 @@
 // Where a message is written: Enter sends, but not the Enter that ends the input of a Chinese word.
 
-import { app, on } from "./app.js";
-import { say, stop } from "./answering.js";
+import { app, isAnswering, on, stop } from "./app.js";
+import { say } from "./answering.js";
 import { fill } from "./dom.js";
 import { onLanguage, t } from "./i18n.js";
 import { icon } from "./icons.js";
-import { checkSettings } from "./settings.js";
 
 const drafts = new Map(); // conversation id → what has been written
 const MAX_HEIGHT = 240;
@@ -54,12 +53,12 @@ export function suggest(text) {
   words();
 }
 
-const isRunning = () => app.running.has(app.current?.id);
+const isRunning = () => isAnswering(app.current?.id);
 
-function change() {
+function change({ keepsText = false } = {}) {
   if (shown !== null) drafts.set(shown, prompt.value);
   shown = app.current.id;
-  prompt.value = drafts.get(shown) ?? "";
+  if (!keepsText) prompt.value = drafts.get(shown) ?? "";
   fit(prompt);
   words();
 }
@@ -74,10 +73,8 @@ function words() {
 }
 
 function send() {
-  const text = prompt.value;
-  if (!text.trim() || !checkSettings()) return;
+  if (!prompt.value.trim() || !say(app.current, prompt.value)) return;
   prompt.value = "";
   fit(prompt);
-  say(app.current, text);
   prompt.focus();
 }

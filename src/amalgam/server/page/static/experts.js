@@ -115,15 +115,13 @@ function useNote(word) {
   return h("section", { class: "use" }, h("h3", {}, t("use_experts")), h("p", { class: "quiet" }, t(word)));
 }
 
-// The card of an answer, if it has one.
-export function fillUse(host, node, isTold) {
-  if (node.use) {
-    const card = useCard(node.use);
+// The card of an answer, if it has one, or else a note why not, if there is a word for it.
+export function fillUse(host, use, note) {
+  if (use) {
+    const card = useCard(use);
     fill(host, card.node);
     return card;
   }
-  if (isTold && node.isOpen) fill(host, useNote("use_reading"));
-  else if (isTold && node.finish === "stopped") fill(host, useNote("use_missing"));
-  else fill(host);
+  fill(host, note ? useNote(note) : null);
   return null;
 }

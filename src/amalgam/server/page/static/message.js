@@ -1,6 +1,6 @@
 // One message as it is shown, and what can be done with it.
 
-import { app, emit, keep } from "./app.js";
+import { app, emit, isAnswering, isGrowing, keep } from "./app.js";
 import { giveResults, regenerate, say } from "./answering.js";
 import { fit, isEnter } from "./composer.js";
 import { copyButton } from "./copy.js";
@@ -51,7 +51,9 @@ function drop(message) {
   emit("toast", { word: "deleted", undo: () => { restore(); changed(); } });
 }
 
-const isBusy = () => app.running.has(app.current.id);
+const isBusy = () => isAnswering(app.current.id);
+
+const finishOf = (message) => message.finish ?? (message.isOpen && !isGrowing(message) ? "interrupted" : null);
 
 // What was said by the user, or given back by a tool.
 class SaidView {
@@ -133,8 +135,8 @@ class AnswerView {
   grow(run) {
     const { message } = this;
     this.markdown.show(message.content);
-    this.wait.hidden = !message.isOpen || Boolean(message.content || message.reasoning || message.toolCalls);
-    this.body.classList.toggle("is-open", Boolean(message.isOpen));
+    this.wait.hidden = !isGrowing(message) || Boolean(message.content || message.reasoning || message.toolCalls);
+    this.body.classList.toggle("is-open", isGrowing(message));
     this.showThoughts();
     this.showCalls();
     if (run) this.figures.textContent = run.clock.speed(run.clock.pieces) ? t("figure_speed", format.short(run.clock.speed(run.clock.pieces))) : "";
@@ -147,21 +149,24 @@ class AnswerView {
     this.showUse();
     fill(this.problem, message.problem ? problemBox(message.problem, () => regenerate(app.current, message)) : null);
     this.figures.textContent = figuresOf(message.figures);
-    const cut = ["length", "stopped", "interrupted"].includes(message.finish);
-    fill(this.tools, message.isOpen ? null : [
+    const finish = finishOf(message);
+    const cut = ["length", "stopped", "interrupted"].includes(finish);
+    fill(this.tools, isGrowing(message) ? null : [
       branches(message), copyButton(() => message.content),
       button("again", "regenerate", () => regenerate(app.current, message), { disabled: isBusy() }),
       button("edit", "edit", () => this.edit(), { disabled: isBusy() }),
       button("trash", "delete", () => drop(message), { disabled: isBusy() }),
-      cut ? h("span", { class: "cut", dataset: { finish: message.finish } }, t(`cut_${message.finish}`)) : null,
+      cut ? h("span", { class: "cut", dataset: { finish } }, t(`cut_${finish}`)) : null,
       message.isEdited ? h("span", { class: "quiet" }, t("edited")) : null,
     ], this.figures);
   }
 
   // Made again only when there is something else to show.
   showUse() {
-    const key = JSON.stringify([Boolean(this.message.use), Boolean(this.message.isOpen), this.message.finish, tellsExperts()]);
-    if (key !== this.useKey) this.card = fillUse(this.use, this.message, tellsExperts());
+    const { use } = this.message;
+    const note = !tellsExperts() ? null : isGrowing(this.message) ? "use_reading" : finishOf(this.message) === "stopped" ? "use_missing" : null;
+    const key = JSON.stringify([Boolean(use), note]);
+    if (key !== this.useKey) this.card = fillUse(this.use, use, note);
     this.useKey = key;
   }
 
@@ -171,19 +176,19 @@ class AnswerView {
   }
 
   showThoughts() {
-    const { reasoning, content, isOpen } = this.message;
+    const { reasoning, content } = this.message;
     this.details.hidden = !reasoning;
     if (!reasoning) return;
-    const isThinking = isOpen && !content;
+    const isThinking = isGrowing(this.message) && !content;
     this.thoughtsWord.textContent = t(isThinking ? "thinking" : "thoughts");
-    this.details.classList.toggle("is-open", Boolean(isThinking));
+    this.details.classList.toggle("is-open", isThinking);
     if (this.thoughts.textContent.length !== reasoning.length) this.thoughts.textContent = reasoning;
   }
 
   showCalls() {
     const calls = this.message.toolCalls ?? [];
     if (!calls.length) return;
-    const isNext = !this.message.isOpen && app.current.leaf === this.message.id;
+    const isNext = !isGrowing(this.message) && app.current.leaf === this.message.id;
     const key = JSON.stringify([calls, isNext]);
     if (key === this.callsKey) return; // results that are being written stay
     this.callsKey = key;

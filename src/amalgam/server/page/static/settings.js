@@ -1,24 +1,27 @@
 // The system prompt and the sampling of one conversation. What is left empty is the server's default, which is shown.
 
 import { app, emit, keep, on, setDefaults } from "./app.js";
+import { isContinuing } from "./chat.js";
 import { fill, h } from "./dom.js";
-import { onLanguage, t } from "./i18n.js";
+import { onLanguage, t, tOr } from "./i18n.js";
 import { icon } from "./icons.js";
 import { onServer, server } from "./server.js";
 
-// Name → the attributes of its field, and the server's name for its default.
+// Name → the attributes of its field, the server's name for the model's own value, and what holds where the model has
+// none, in a chat and in a text that is continued: what OpenAI's interface says.
 const SAMPLING = {
-  temperature: [{ min: "0", max: "100", step: "any" }, "temperature"],
-  top_p: [{ min: "0.000001", max: "1", step: "any" }, "top_p"],
-  top_k: [{ min: "0", max: "2147483647", step: "1" }, "top_k"],
-  min_p: [{ min: "0", max: "1", step: "any" }, "min_p"],
-  max_tokens: [{ min: "1", max: "2147483647", step: "1" }, "max_new_tokens"],
-  seed: [{ min: "0", max: "9007199254740991", step: "1" }, null],
+  temperature: [{ min: "0", max: "100", step: "any" }, "temperature", "1", "1"],
+  top_p: [{ min: "0.000001", max: "1", step: "any" }, "top_p", "1", "1"],
+  top_k: [{ min: "0", max: "2147483647", step: "1" }, "top_k", "0", "0"],
+  min_p: [{ min: "0", max: "1", step: "any" }, "min_p", "0", "0"],
+  max_tokens: [{ min: "1", max: "2147483647", step: "1" }, "max_new_tokens", "as_fit", "16"],
+  seed: [{ min: "0", max: "9007199254740991", step: "1" }, null, "any_seed", "any_seed"],
 };
 
 let panel;
 let opener;
-const fields = {};
+const fields = {}; // by the names of SAMPLING, `system` and `tools`
+const shown = {}; // the value that a field was given last
 
 export function startSettings() {
   panel = document.getElementById("settings");
@@ -32,8 +35,9 @@ export function startSettings() {
   });
   build();
   on("open", show);
-  onServer(show);
-  onLanguage(() => { build(); show(); });
+  on("thread", follow);
+  onServer(words);
+  onLanguage(words);
 }
 
 function setShown(isWanted) {
@@ -43,34 +47,52 @@ function setShown(isWanted) {
 }
 
 function build() {
-  fill(opener, icon("sliders"), h("span", {}, t("settings")));
-  fields.system = h("textarea", { id: "system", rows: "5", placeholder: t("system_hint"), onchange: read });
-  fields.tools = h("textarea", { id: "tools", rows: "6", spellcheck: "false", class: "mono", onchange: read });
+  fill(opener, icon("sliders"), h("span", { dataset: { i18n: "settings" } }));
+  fields.system = h("textarea", { id: "system", rows: "5", dataset: { i18nPlaceholder: "system_hint" } });
+  fields.tools = h("textarea", { id: "tools", rows: "6", spellcheck: "false", class: "mono" });
   for (const [name, [attributes]] of Object.entries(SAMPLING)) {
-    fields[name] = h("input", { type: "number", id: `set-${name}`, inputmode: "decimal", ...attributes, onchange: read });
+    fields[name] = h("input", { type: "number", id: `set-${name}`, inputmode: "decimal", ...attributes });
   }
-  const close = h("button", { type: "button", class: "ghost", "aria-label": t("close"), title: t("close"), onclick: () => { setShown(false); opener.focus(); } }, icon("close"));
+  for (const [name, field] of Object.entries(fields)) field.addEventListener("change", () => read(name));
+  const close = h("button", { type: "button", class: "ghost", dataset: { i18nLabel: "close" }, onclick: () => { setShown(false); opener.focus(); } }, icon("close"));
   fill(panel,
-    h("div", { class: "panel-title" }, h("h2", {}, t("settings")), close),
-    h("p", { class: "quiet" }, t("settings_hint")),
+    h("div", { class: "panel-title" }, h("h2", { dataset: { i18n: "settings" } }), close),
+    h("p", { class: "quiet", dataset: { i18n: "settings_hint" } }),
     labelled("system_prompt", fields.system),
     h("div", { class: "pairs" }, Object.keys(SAMPLING).map((name) => labelled(name, fields[name]))),
-    labelled("tools", fields.tools, h("small", { class: "quiet" }, t("tools_hint"))),
+    labelled("tools", fields.tools, h("small", { class: "quiet", dataset: { i18n: "tools_hint" } })),
     h("div", { class: "row" },
-      h("button", { type: "button", onclick: forNew }, t("use_for_new")), h("button", { type: "button", onclick: reset }, t("reset"))));
+      h("button", { type: "button", dataset: { i18n: "use_for_new" }, onclick: forNew }),
+      h("button", { type: "button", dataset: { i18n: "reset" }, onclick: reset })));
 }
 
 function labelled(word, field, hint = null) {
-  return h("label", { class: "field" }, h("span", {}, t(word)), field, hint);
+  return h("label", { class: "field" }, h("span", { dataset: { i18n: word } }), field, hint);
 }
 
+const stored = (name) => String((name in SAMPLING ? app.current.sampling[name] : app.current[name]) ?? "");
+
 function show() {
-  const { system, sampling, tools } = app.current;
-  fields.system.value = system;
-  fields.tools.value = tools;
-  for (const [name, [, byServer]] of Object.entries(SAMPLING)) {
-    fields[name].value = sampling[name] ?? "";
-    fields[name].placeholder = byServer === null ? t("any_seed") : String(server.info?.sampling_defaults?.[byServer] ?? "");
+  for (const name of Object.keys(fields)) give(name);
+  words();
+}
+
+function give(name) {
+  shown[name] = fields[name].value = stored(name);
+}
+
+// What another tab has changed is shown, but not in the place of what is being written.
+function follow() {
+  for (const name of Object.keys(fields)) if (stored(name) !== shown[name] && fields[name] !== document.activeElement) give(name);
+  check();
+}
+
+function words() {
+  const defaults = server.info?.sampling_defaults;
+  for (const [name, [, byModel, inChat, inText]] of Object.entries(SAMPLING)) {
+    const isModels = defaults?.from_model.includes(byModel) && !(isContinuing() && name === "max_tokens");
+    const value = isModels ? String(defaults[byModel]) : isContinuing() ? inText : inChat;
+    fields[name].placeholder = server.info || byModel === null ? tOr(value, value) : "";
   }
   check();
 }
@@ -89,28 +111,26 @@ function check() {
 
 // Before sending: opens the settings at the first field that cannot be sent.
 export function checkSettings() {
-  read();
   if (check()) return true;
   setShown(true);
   Object.values(fields).find((field) => !field.checkValidity()).reportValidity();
   return false;
 }
 
-function read() {
-  const conversation = app.current;
-  const before = JSON.stringify([conversation.system, conversation.tools, conversation.sampling]);
+// Keeps what has been written into a field.
+function read(name) {
   check();
-  conversation.system = fields.system.value;
-  conversation.tools = fields.tools.value;
-  for (const name of Object.keys(SAMPLING)) {
-    if (fields[name].value === "" && !fields[name].validity.badInput) delete conversation.sampling[name];
-    else if (fields[name].checkValidity()) conversation.sampling[name] = Number(fields[name].value);
-  }
-  if (JSON.stringify([conversation.system, conversation.tools, conversation.sampling]) !== before) keep(conversation);
+  const field = fields[name];
+  const { sampling } = app.current;
+  if (!(name in SAMPLING)) app.current[name] = field.value;
+  else if (!field.checkValidity()) return;
+  else if (field.value === "") delete sampling[name];
+  else sampling[name] = Number(field.value);
+  shown[name] = stored(name);
+  keep(app.current);
 }
 
 function forNew() {
-  read();
   setDefaults(app.current);
   emit("toast", { word: "used_for_new" });
 }

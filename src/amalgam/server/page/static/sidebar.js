@@ -1,6 +1,6 @@
 // The list of conversations: search, rename, delete, and files to take them along.
 
-import { app, discard, emit, keep, on, open, openNew } from "./app.js";
+import { app, discard, emit, isAnswering, keep, on, open, openNew, restore } from "./app.js";
 import { fill, h } from "./dom.js";
 import { onLanguage, t } from "./i18n.js";
 import { icon } from "./icons.js";
@@ -90,7 +90,7 @@ function entry(conversation) {
   const name = h("button", {
     type: "button", class: "entry-title", title, "aria-current": isCurrent ? "true" : null,
     onclick: () => { open(conversation.id); leave(); }, ondblclick: () => rename(conversation, row),
-  }, app.running.has(conversation.id) ? h("i", { class: "pulse", title: t("running") }) : null, h("span", {}, title));
+  }, isAnswering(conversation.id) ? h("i", { class: "pulse", title: t("running") }) : null, h("span", {}, title));
   const row = h("li", { class: "entry", dataset: { id: conversation.id } }, name,
     tool("edit", "rename", title, () => rename(conversation, row)), tool("trash", "delete", title, () => drop(conversation)));
   return row;
@@ -128,7 +128,7 @@ function drop(conversation) {
   const isCurrent = conversation.id === app.current.id;
   discard(conversation);
   emit("toast", { word: "deleted", undo: () => {
-    keep(conversation);
+    restore(conversation);
     if (isCurrent) open(conversation.id);
   } });
 }

@@ -1,7 +1,7 @@
 // The messages of the branch that is shown. A growing answer is written at most once per frame, and seldom enough that
 // the page has most of the time for other things, however long it has become.
 
-import { app, on } from "./app.js";
+import { app, isAnswering, on } from "./app.js";
 import { suggest } from "./composer.js";
 import { fill, h } from "./dom.js";
 import { onLanguage, t } from "./i18n.js";
@@ -72,7 +72,7 @@ function show() {
   const nodes = views.map((view) => view.node);
   const thread = element("thread");
   if (thread.childNodes.length !== nodes.length || nodes.some((node, index) => node !== thread.childNodes[index])) fill(thread, nodes);
-  thread.setAttribute("aria-busy", String(app.running.has(app.current.id)));
+  thread.setAttribute("aria-busy", String(isAnswering(app.current.id)));
   welcome(!messages.length);
   views.forEach((view, index) => view.settle?.(index === views.length - 1));
 }

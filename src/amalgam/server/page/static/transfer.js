@@ -81,7 +81,7 @@ function node(given) {
   if (!ROLES.has(given.role)) throw new TransferError("import_damaged");
   const result = {
     parent: optional(string, given.parent) ?? null, role: given.role, content: string(given.content), at: number(given.at),
-    reasoning: optional(string, given.reasoning), finish: optional(string, given.finish), callId: optional(string, given.callId),
+    reasoning: optional(string, given.reasoning), finish: given.isOpen === true ? "interrupted" : optional(string, given.finish), callId: optional(string, given.callId),
     name: optional(string, given.name), model: optional(string, given.model), isEdited: given.isEdited === true || undefined,
     problem: optional(problem, given.problem),
     toolCalls: optional(list((call) => ({ id: string(object(call).id), name: string(call.name), arguments: string(call.arguments) })), given.toolCalls),

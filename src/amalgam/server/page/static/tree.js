@@ -48,12 +48,14 @@ export function follow(conversation, node) {
   show(conversation, last.id);
 }
 
-// Takes out a node and what follows it; another branch is shown, or what came before. Returns what undoes it.
+// Takes out a node and what follows it; another branch is shown, or what came before. Returns what undoes it: they are
+// there again, and shown, unless something else is shown by then.
 export function removeNode(conversation, node) {
-  const before = { nodes: { ...conversation.nodes }, leaf: conversation.leaf };
+  const { leaf } = conversation;
   const beside = siblings(conversation, node);
   const doomed = [node.id];
   for (const id of doomed) doomed.push(...children(conversation, id).map((child) => child.id));
+  const removed = doomed.map((id) => conversation.nodes[id]);
   for (const id of doomed) delete conversation.nodes[id];
   if (doomed.includes(conversation.leaf)) {
     const index = beside.indexOf(node);
@@ -61,7 +63,11 @@ export function removeNode(conversation, node) {
     if (other) follow(conversation, other);
     else conversation.leaf = node.parent;
   }
-  return () => Object.assign(conversation, before);
+  const shown = conversation.leaf;
+  return () => {
+    for (const one of removed) conversation.nodes[one.id] = one;
+    if (conversation.leaf === shown) show(conversation, leaf);
+  };
 }
 
 // The first words of the first message.

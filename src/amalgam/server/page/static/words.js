@@ -111,6 +111,7 @@ export const WORDS = {
   max_tokens: ["Max tokens", "最多词元数"],
   seed: ["Seed", "随机种子"],
   any_seed: ["random", "随机"],
+  as_fit: ["as many as fit", "不限"],
   tools: ["Tools (JSON)", "工具（JSON）"],
   tools_hint: ["A list of function definitions in OpenAI's format. Calls are shown; you enter their results.", "按 OpenAI 接口格式的函数定义列表。调用会显示出来，由您填写结果。"],
   tools_wrong: ["This is not a JSON list.", "这不是 JSON 列表。"],
