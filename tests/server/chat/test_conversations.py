@@ -116,6 +116,47 @@ def test_undo_brings_back_and_takes_nothing(page: Page) -> None:
     assert (said(page), answers(page)) == (["one", "two"], ["You said: one", "You said: two"])
 
 
+def test_what_is_being_written_stays(page: Page, model: ScriptedModel) -> None:
+    call = {"index": 0, "id": "c1", "type": "function", "function": {"name": "weather", "arguments": "{}"}}
+    model.scripts["ask"] = [Script([{"tool_calls": [call]}], finish="tool_calls")]
+    say(page, "ask")
+    page.driver.find_element("css selector", ".call textarea").send_keys("half a res")
+    page.click(".user .do-edit")
+    page.driver.find_element("css selector", ".user .editor").send_keys(" and more")
+    written = (
+        """return [document.querySelector('.user .editor').value, document.querySelector('.call textarea').value]"""
+    )
+    page.click("#theme")
+    assert page.run(written) == ["ask and more", "half a res"]
+    page.run("localStorage.removeItem('amalgam.theme')")
+    page.driver.find_element("css selector", ".user .editor").send_keys("!")
+    page.emulate(is_dark=True)
+    page.wait("return document.documentElement.dataset.theme === 'dark'")
+    page.driver.switch_to.active_element.send_keys("!")  # the caret is where it was
+    page.click("#language")
+    assert page.text(".user .do-save") == "保存并发送"
+    assert page.run(written) == ["ask and more!!", "half a res"]
+    page.click("#new")
+    page.click(".entry-title")
+    assert page.run(written) == ["ask and more!!", "half a res"]
+    page.click(".do-results")
+    page.wait("return document.querySelectorAll('.assistant').length === 2")
+    wait_for_end(page)
+    assert model.requests[-1]["messages"][-1]["content"] == "half a res"
+
+    model.scripts["slow"] = [Script(["a", "b"], is_held=True)]
+    prompt(page).send_keys("slow", Keys.ENTER)
+    page.wait("return [...document.querySelectorAll('.markdown')].at(-1)?.textContent === 'a'")
+    page.driver.find_element("css selector", ".user .editor").send_keys(Keys.ENTER)  # not while another is answered
+    assert page.run("return document.querySelector('.user .editor').value") == "ask and more!!"
+    model.is_released.set()
+    wait_for_end(page)
+    page.click(".user .do-save")
+    page.wait("return document.querySelectorAll('.message').length === 2")
+    wait_for_end(page)
+    assert said(page) == ["ask and more!!"] and page.count(".editor") == 0
+
+
 def test_conversations_stay(page: Page, model: ScriptedModel, url: str) -> None:
     model.scripts["first"] = [Script([{"reasoning_content": "hm"}, "**yes**"])]
     say(page, "first")

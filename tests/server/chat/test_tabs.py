@@ -63,6 +63,11 @@ def address(page: Page) -> str:
     return result
 
 
+def rename(page: Page, title: str) -> None:
+    page.run("document.querySelector('.entry-rename').click()")
+    page.driver.find_element("css selector", ".entry-name").send_keys(*CLEAR, title, Keys.ENTER)
+
+
 def begin(page: Page, text: str, grown: str) -> None:
     prompt(page).send_keys(text, Keys.ENTER)
     page.wait(GROWN, grown)
@@ -94,8 +99,7 @@ def test_what_one_tab_writes_the_other_knows(page: Page, model: ScriptedModel) -
         assert page.count(".cut") == 0 and page.count("#thread .do-delete:not(:disabled)") == 0
         prompt(page).send_keys("not yet", Keys.ENTER)
         assert page.run("return document.querySelector('#prompt').value") == "not yet"
-        page.run("document.querySelector('.entry-rename').click()")
-        page.driver.find_element("css selector", ".entry-name").send_keys(*CLEAR, "renamed", Keys.ENTER)
+        rename(page, "renamed")
         model.is_released.set()
         wait_for_end(page)
         assert answers(page)[-1] == "ab"
@@ -105,8 +109,15 @@ def test_what_one_tab_writes_the_other_knows(page: Page, model: ScriptedModel) -
         page.wait("return document.querySelectorAll('.message').length === 8")
         assert said(page) == ["hi", "from the second", "slow", "then"]
         assert titles(page) == ["renamed"]
+        page.run("document.querySelector('.user .do-edit').click()")
+        page.driver.find_element("css selector", ".editor").send_keys(" kept")
+        page.front(second)
+        rename(page, "twice")
+        page.front(first)
+        page.wait(lambda: titles(page) == ["twice"])
+        assert page.run("return document.querySelector('.editor').value") == "hi kept"
     assert contents(page) >= {"hi", "from the second", "You said: from the second", "slow", "ab", "You said: then"}
-    assert stored(page)[0]["title"] == "renamed"
+    assert stored(page)[0]["title"] == "twice"
 
 
 def test_answers_are_stopped_removed_and_cut_off_across_tabs(page: Page, model: ScriptedModel, url: str) -> None:

@@ -15,8 +15,11 @@ import { tellsExperts } from "./server.js";
 import { addNode, follow, removeNode, siblings } from "./tree.js";
 
 const TALL = 260; // pixels: as high as the card beside it
+// What is being written outlives its view, until it is sent, saved or cancelled.
+const drafts = new Map(); // message id → the text in its place
+const results = new Map(); // message id → the results of its tool calls, in their order
 
-// A view has: node (its element), update() (its message has grown), and `message`.
+// A view has: node (its element), update() (its message has grown), settle(isLast) (it is laid out) and `message`.
 export function messageView(message) {
   return message.role === "assistant" ? new AnswerView(message) : new SaidView(message);
 }
@@ -64,52 +67,61 @@ class SaidView {
     const isTool = message.role === "tool";
     const name = isTool ? t("tool_result", message.name ?? "") : t("you");
     this.node = h("article", { class: `message ${message.role}`, "aria-label": name, dataset: { id: message.id } }, h("div", { class: "column" },
-      isTool ? h("h2", {}, icon("tool"), name) : null, this.body, this.tools));
+      isTool ? h("h2", {}, icon("tool"), h("span", {}, name)) : null, this.body, this.tools));
     this.update();
   }
 
   update() {
     const { message } = this;
-    if (this.isEdited) return; // what is being written stays
+    if (drafts.has(message.id)) {
+      showEditor(this, "save_and_send", (text) => say(app.current, text, message.parent));
+      return;
+    }
     fill(this.body, message.content);
     fill(this.tools, branches(message), copyButton(() => message.content),
-      message.role === "user" ? button("edit", "edit", () => this.edit(), { disabled: isBusy() }) : null,
+      message.role === "user" ? button("edit", "edit", () => edit(this), { disabled: isBusy() }) : null,
       button("trash", "delete", () => drop(message), { disabled: isBusy() }));
   }
 
-  edit() {
-    this.isEdited = true;
-    const leave = () => {
-      this.isEdited = false;
-      this.update();
-    };
-    editor(this.body, this.tools, this.message.content, "save_and_send", (text) => {
-      leave();
-      say(app.current, text, this.message.parent);
-    }, leave);
+  settle() {
+    if (this.area) fit(this.area);
   }
 }
 
-// Puts a text field in place of a message.
-function editor(body, tools, text, word, done, leave) {
-  const area = h("textarea", { class: "editor", value: text, "aria-label": t("edit"), oninput: () => fit(area) });
-  const finish = () => {
-    if (area.value.trim()) done(area.value);
-  };
-  area.addEventListener("keydown", (event) => {
-    if (event.key === "Escape") {
-      event.stopPropagation();
-      leave();
-    } else if (isEnter(event) && word === "save_and_send") {
-      event.preventDefault();
-      finish();
-    }
-  });
-  fill(body, area);
-  fill(tools, h("button", { type: "button", onclick: leave }, t("cancel")), h("button", { type: "button", class: "primary do-save", onclick: finish }, t(word)));
-  fit(area);
-  area.focus();
-  area.setSelectionRange(text.length, text.length);
+function edit(view) {
+  drafts.set(view.message.id, view.message.content);
+  view.update();
+  fit(view.area);
+  view.area.focus();
+  view.area.setSelectionRange(view.area.value.length, view.area.value.length);
+}
+
+// Puts a text field in place of a message, unless it is there. done(text) → whether the text was taken.
+function showEditor(view, word, done) {
+  const { message: { id }, body, tools } = view;
+  if (!view.area) {
+    const area = view.area = h("textarea", { class: "editor", value: drafts.get(id), "aria-label": t("edit"), oninput: () => { drafts.set(id, area.value); fit(area); } });
+    const leave = () => {
+      drafts.delete(id);
+      view.area = null;
+      view.update();
+    };
+    const finish = () => {
+      if (area.value.trim() && done(area.value)) leave();
+    };
+    area.addEventListener("keydown", (event) => {
+      if (event.key === "Escape") {
+        event.stopPropagation();
+        leave();
+      } else if (isEnter(event) && word === "save_and_send") {
+        event.preventDefault();
+        finish();
+      }
+    });
+    fill(body, area);
+    fill(tools, h("button", { type: "button", onclick: leave }, t("cancel")), h("button", { type: "button", class: "primary do-save", onclick: finish }, t(word)));
+  }
+  tools.querySelector(".do-save").disabled = isBusy();
 }
 
 class AnswerView {
@@ -144,7 +156,11 @@ class AnswerView {
 
   update() {
     const { message } = this;
-    if (this.isEdited) return;
+    if (drafts.has(message.id)) {
+      showEditor(this, "save", (text) => this.save(text));
+      return;
+    }
+    if (this.body.firstChild !== this.markdown.node) fill(this.body, this.markdown.node);
     this.grow(null);
     this.showUse();
     fill(this.problem, message.problem ? problemBox(message.problem, () => regenerate(app.current, message)) : null);
@@ -154,7 +170,7 @@ class AnswerView {
     fill(this.tools, isGrowing(message) ? null : [
       branches(message), copyButton(() => message.content),
       button("again", "regenerate", () => regenerate(app.current, message), { disabled: isBusy() }),
-      button("edit", "edit", () => this.edit(), { disabled: isBusy() }),
+      button("edit", "edit", () => edit(this), { disabled: isBusy() }),
       button("trash", "delete", () => drop(message), { disabled: isBusy() }),
       cut ? h("span", { class: "cut", dataset: { finish } }, t(`cut_${finish}`)) : null,
       message.isEdited ? h("span", { class: "quiet" }, t("edited")) : null,
@@ -170,8 +186,15 @@ class AnswerView {
     this.useKey = key;
   }
 
-  // Once it is laid out: beside a short answer that others follow, its card is short too.
+  // In the colours of another theme.
+  repaint() {
+    this.useKey = null;
+    this.showUse();
+  }
+
+  // Beside a short answer that others follow, a card is short too.
   settle(isLast) {
+    if (this.area) fit(this.area);
     this.card?.settle(isLast || this.column.offsetHeight >= TALL);
   }
 
@@ -190,30 +213,29 @@ class AnswerView {
     if (!calls.length) return;
     const isNext = !isGrowing(this.message) && app.current.leaf === this.message.id;
     const key = JSON.stringify([calls, isNext]);
-    if (key === this.callsKey) return; // results that are being written stay
+    if (key === this.callsKey) return;
     this.callsKey = key;
-    const fields = calls.map((call) => h("textarea", { class: "mono", rows: "2", "aria-label": t("tool_answer", call.name), placeholder: t("tool_answer", call.name) }));
+    const { id } = this.message;
+    const texts = results.get(id) ?? [];
+    const field = (call, index) => h("textarea", {
+      class: "mono", rows: "2", "aria-label": t("tool_answer", call.name), placeholder: t("tool_answer", call.name), value: texts[index] ?? "",
+      oninput: ({ target }) => {
+        texts[index] = target.value;
+        results.set(id, texts);
+      },
+    });
     fill(this.calls, calls.map((call, index) => h("section", { class: "call" },
-      h("h3", {}, icon("tool"), t("tool_call", call.name)), h("pre", { tabindex: "0" }, pretty(call.arguments)), isNext ? fields[index] : null)),
+      h("h3", {}, icon("tool"), h("span", {}, t("tool_call", call.name))), h("pre", { tabindex: "0" }, pretty(call.arguments)), isNext ? field(call, index) : null)),
     isNext ? h("button", { type: "button", class: "do-results", onclick: () => {
-      giveResults(app.current, calls.map((call, index) => ({ ...call, content: fields[index].value })));
+      if (giveResults(app.current, calls.map((call, index) => ({ ...call, content: texts[index] ?? "" })))) results.delete(id);
     } }, t("send_results")) : null);
   }
 
-  edit() {
-    const conversation = app.current;
-    this.isEdited = true;
-    const leave = () => {
-      this.isEdited = false;
-      fill(this.body, this.markdown.node);
-      this.update();
-    };
-    editor(this.body, this.tools, this.message.content, "save", (text) => {
-      leave();
-      addNode(conversation, this.message.parent, { role: "assistant", content: text, isEdited: true, finish: "stop" });
-      emit("thread", {});
-      keep(conversation, { isTouched: true });
-    }, leave);
+  save(text) {
+    addNode(app.current, this.message.parent, { role: "assistant", content: text, isEdited: true, finish: "stop" });
+    keep(app.current, { isTouched: true });
+    emit("thread", {});
+    return true;
   }
 }
 

@@ -41,7 +41,10 @@ export function startThread() {
     frame ??= requestAnimationFrame(() => write(run));
   });
   onLanguage(redraw);
-  onTheme(redraw);
+  onTheme(() => {
+    for (const view of views) view.repaint?.();
+    show();
+  });
   onServer(show);
 }
 
@@ -74,7 +77,7 @@ function show() {
   if (thread.childNodes.length !== nodes.length || nodes.some((node, index) => node !== thread.childNodes[index])) fill(thread, nodes);
   thread.setAttribute("aria-busy", String(isAnswering(app.current.id)));
   welcome(!messages.length);
-  views.forEach((view, index) => view.settle?.(index === views.length - 1));
+  views.forEach((view, index) => view.settle(index === views.length - 1));
 }
 
 function write(run) {
