@@ -75,8 +75,15 @@ def test_a_key_is_asked_for_and_kept_in_the_tab(page: Page, model: ScriptedModel
     model.key = "sk-right"
     page.driver.get(url + "/")
     page.wait("return document.querySelector('#key-input') !== null")
+    assert page.count("#key-refused") == 0
+    page.driver.find_element("css selector", "#key-input").send_keys("密钥", Keys.ENTER)  # which no header may hold
+    assert not page.run("return document.querySelector('#key-input').checkValidity()")
+    page.run("sessionStorage.setItem('amalgam.key', '密钥')")  # as earlier versions kept it
+    page.driver.refresh()
+    page.wait("return document.querySelector('#key-input') !== null")
     page.driver.find_element("css selector", "#key-input").send_keys("sk-wrong", Keys.ENTER)
     page.wait("return document.querySelector('#key-input')?.value === ''")  # asked again
+    assert page.text("#key-refused") == "The server has refused the key."
     page.driver.find_element("css selector", "#key-input").send_keys("sk-right", Keys.ENTER)
     page.wait("return document.documentElement.dataset.loaded === 'true'")
     say(page, "hi")

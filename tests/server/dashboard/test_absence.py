@@ -7,6 +7,7 @@ from typing import Any
 
 import httpx
 import pytest
+from selenium.webdriver.common.keys import Keys
 
 from amalgam.config.statistics import StatisticsSettings
 from amalgam.experts.tracker import ExpertTracker
@@ -158,3 +159,24 @@ def test_the_page_says_when_the_server_is_silent(page: Page, monkeypatch: pytest
         finally:
             may_go_on.set()
         page.wait(lambda: page.run(STALENESS)[:2] == ["healthy", "false"])
+
+
+@pytest.mark.usefixtures("without_charts")
+def test_the_page_says_that_it_needs_a_key(page: Page) -> None:
+    with serving(fake_settings(port=0, api_keys="sk-user", admin_key="sk-admin"), FakeDeployment) as url:
+        wait_until_ready(url)
+        for key in ("", "sk-user"):
+            page.driver.get(url + "/dashboard")
+            page.wait("return document.querySelector('#key-input') !== null")
+            if key:
+                page.driver.find_element("css selector", "#key-input").send_keys(key, Keys.ENTER)
+                page.wait("return document.querySelector('#key-refused') !== null")
+            page.click("#key-dialog button")
+            page.wait("return document.querySelector('#status').dataset.status === 'locked'")
+            assert page.text("#locked span") == "The dashboard needs the server's admin key."
+            assert page.count("#key-dialog") == 0
+        page.click("#locked button")
+        page.driver.find_element("css selector", "#key-input").send_keys("sk-admin", Keys.ENTER)
+        page.wait("return document.documentElement.dataset.loaded === 'true'")
+        page.wait(lambda: page.run(STALENESS)[:2] == ["healthy", "false"])
+        assert not page.run("return document.querySelector('#locked').checkVisibility()")

@@ -1,6 +1,6 @@
 // Puts the page together: panels, language, theme, and the event stream that tells when something has changed.
 
-import { stream } from "./api.js";
+import { changeKey, stream } from "./api.js";
 import { emit, loadInfo, loadMapping, loadPrecision, loadRemaps, loadStatistics, on, state, whyEmpty } from "./app.js";
 import { h } from "./dom.js";
 import * as format from "./format.js";
@@ -33,7 +33,8 @@ const panels = [];
 let isLoaded = false;
 let loadedFrom = null; // when the process started whose figures these are
 let isLoading = false;
-let connection = "connecting"; // then "open" or "lost"
+let connection = "connecting"; // then "open", "lost", or "locked": the server wants another key
+let connectNow = () => {}; // instead of waiting for the next try
 let liveAt = null; // when the latest event came from a server that serves, Unix seconds
 
 function build() {
@@ -59,6 +60,10 @@ function build() {
 
   const nav = document.getElementById("nav");
   nav.append(...NAV.map((id) => h("a", { href: `#${id}`, dataset: { i18n: `nav_${id}` } })));
+
+  const enterKey = async () => { if (await changeKey(t("locked"))) connectNow(); };
+  main.before(h("div", { id: "locked", role: "alert", hidden: true }, h("span", { dataset: { i18n: "locked" } }),
+    h("button", { type: "button", dataset: { i18n: "enter_key" }, onclick: enterKey })));
 }
 
 function markDirty(panel) {
@@ -105,13 +110,14 @@ function redraw() {
 
 function showHeader() {
   const event = state.event;
-  const status = connection === "lost" ? "disconnected" : event?.status ?? "connecting";
+  const status = connection === "lost" ? "disconnected" : connection === "locked" ? "locked" : event?.status ?? "connecting";
   const isLive = status === "healthy" || status === "draining";
   document.documentElement.dataset.stale = String(isLoaded && !isLive); // figures on the page are of earlier then
   document.getElementById("model").textContent = event?.model ?? "";
   const badge = document.getElementById("status");
   badge.dataset.status = status;
   badge.lastElementChild.textContent = t(`status_${status}`);
+  document.getElementById("locked").hidden = status !== "locked";
   document.getElementById("stale").textContent = isLoaded && !isLive ? t("figures_of", format.clock(liveAt)) : "";
   document.getElementById("version").textContent = event?.weight_version ? t("weight_version", event.weight_version) : "";
   document.getElementById("uptime").textContent = event ? t("uptime", format.seconds(Math.round(event.uptime))) : "";
@@ -159,18 +165,23 @@ async function follow() {
         tries = 0;
         onEvent(event).catch(() => { state.event = null; }); // the next event tries again
       }, { silenceMs: () => SILENT_INTERVALS * (state.event?.interval ?? FIRST_INTERVAL) * 1000 });
-    } catch {
-      // told by the badge
+      connection = "lost";
+    } catch (error) {
+      connection = wantsKey(error) ? "locked" : "lost";
     }
-    connection = "lost";
     showHeader();
-    await new Promise((resolve) => { setTimeout(resolve, RECONNECT_MS[Math.min(tries, RECONNECT_MS.length - 1)]); });
+    await new Promise((resolve) => {
+      connectNow = resolve;
+      setTimeout(resolve, RECONNECT_MS[Math.min(tries, RECONNECT_MS.length - 1)]);
+    });
   }
 }
 
-startLanguage();
 // Most of what is shown here needs the admin key.
-askForKeys({ isWanted: ({ type }) => ["unauthorized", "forbidden"].includes(type), isOnce: true });
+const wantsKey = ({ type }) => ["unauthorized", "forbidden"].includes(type);
+
+startLanguage();
+askForKeys({ isWanted: wantsKey, isOnce: true });
 build();
 document.getElementById("language").addEventListener("click", () => setLanguage(language() === "zh" ? "en" : "zh"));
 document.getElementById("theme").addEventListener("click", toggleTheme);

@@ -2,6 +2,8 @@
 
 const WATCH_MS = 500;
 const KEY = "amalgam.key";
+const SENDABLE = /^[\x21-\x7e]+$/; // a key that the server may know; others no header may hold
+export const isSendable = (text) => SENDABLE.test(text);
 
 let key = storedKey();
 let asking = null; // the answer to a question that is open: one question for all who wait
@@ -18,20 +20,22 @@ export class ApiError extends Error {
 
 function storedKey() {
   try {
-    return sessionStorage.getItem(KEY);
+    const found = sessionStorage.getItem(KEY);
+    return found !== null && isSendable(found) ? found : null;
   } catch {
     return null; // storage may be switched off
   }
 }
 
-// ask(why) → the key to try instead, or null; called for refusals of which isWanted(error) is true.
+// ask(why, isRefused) → the key to try instead, or null; called for refusals of which isWanted(error) is true. isRefused:
+// a key was given.
 export function onLocked(ask, isWanted) {
   locked = { ask, isWanted };
 }
 
 async function askForKey(tried, why) {
   if (key !== tried) return true; // another has been given meanwhile
-  asking ??= locked.ask(why).finally(() => { asking = null; });
+  asking ??= locked.ask(why, tried !== null).finally(() => { asking = null; });
   const given = await asking;
   if (given === null) return false;
   key = given;
@@ -42,6 +46,9 @@ async function askForKey(tried, why) {
   }
   return true;
 }
+
+// Asks for another key, whatever has been declined before. Whether one was given.
+export const changeKey = (why) => askForKey(key, why);
 
 async function failure(response) {
   let message = `${response.status} ${response.statusText}`;
