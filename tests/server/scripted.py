@@ -41,6 +41,8 @@ class Script:
         breaks_off: the connection ends without a finish reason.
         error: an error's message in the midst of the stream.
         weight_version: that answers.
+        tokens_per_delta: how many tokens each delta has.
+        is_cut: the connection is lost after the deltas.
     """
 
     deltas: Sequence[str | Mapping[str, Any]] = ()
@@ -54,6 +56,8 @@ class Script:
     seconds: float = 0.0
     num_prompt_tokens: int = 12
     weight_version: int = 1
+    tokens_per_delta: int = 1
+    is_cut: bool = False
 
 
 @dataclass
@@ -172,8 +176,15 @@ class ScriptedModel:
         def event(**fields: Any) -> bytes:
             fingerprint = f"amalgam-0-weights-{script.weight_version}"
             head = {"id": "x", "object": kind, "model": "scripted", "system_fingerprint": fingerprint}
+            if body["stream_options"].get("continuous_usage_stats"):
+                fields = {"usage": usage, **fields}
             return f"data: {json.dumps({**head, **fields})}\n\n".encode()
 
+        usage = {
+            "prompt_tokens": script.num_prompt_tokens,
+            "completion_tokens": 0,
+            "prompt_tokens_details": {"cached_tokens": 8},
+        }
         is_chat = kind == "chat.completion.chunk"
         is_complete = False
         try:
@@ -187,8 +198,11 @@ class ScriptedModel:
                         await asyncio.sleep(0.01)
                 await asyncio.sleep(script.seconds)
                 piece = {"content": delta} if isinstance(delta, str) else dict(delta)
+                usage["completion_tokens"] = (index + 1) * script.tokens_per_delta
                 part: dict[str, Any] = {"delta": piece} if is_chat else {"text": piece["content"]}
                 yield event(choices=[{"index": 0, **part, "finish_reason": None}])
+            if script.is_cut:
+                raise ConnectionError("as a server that is killed")
             if script.error:
                 yield f"data: {json.dumps({'error': {'message': script.error, 'type': 'server_error'}})}\n\n".encode()
             elif not script.breaks_off:
@@ -197,14 +211,7 @@ class ScriptedModel:
                 if body.get("routed_experts"):
                     last["routed_experts"] = routing(script.num_prompt_tokens + len(script.deltas) - 1)
                 yield event(choices=[last])
-                yield event(
-                    choices=[],
-                    usage={
-                        "prompt_tokens": script.num_prompt_tokens,
-                        "completion_tokens": len(script.deltas),
-                        "prompt_tokens_details": {"cached_tokens": 8},
-                    },
-                )
+                yield event(choices=[], usage=usage)
                 yield b"data: [DONE]\n\n"
             is_complete = True
         finally:

@@ -33,7 +33,7 @@ def test_send_stream_and_figures(page: Page, model: ScriptedModel, url: str) -> 
     assert "3 tokens" in figures and "tokens/s" in figures and "first token after" in figures and "8 cached" in figures
     [body] = model.requests
     assert body["messages"] == [{"role": "user", "content": "Hello"}]
-    assert (body["model"], body["stream"], body["stream_options"]) == ("scripted", True, {"include_usage": True})
+    assert (body["model"], body["stream"]) == ("scripted", True)
     assert not body.keys() & {"temperature", "top_p", "top_k", "seed", "max_tokens", "tools"}  # the server's defaults
     say(page, "again")
     assert [message["role"] for message in model.requests[-1]["messages"]] == ["user", "assistant", "user"]
@@ -52,7 +52,7 @@ def test_enter_that_ends_a_chinese_word_does_not_send(page: Page, model: Scripte
 
 
 def test_stop_keeps_what_has_come(page: Page, model: ScriptedModel) -> None:
-    model.scripts["long"] = [Script(["some", " words", " never"], is_held=True)]
+    model.scripts["long"] = [Script(["some", " words", " never"], is_held=True, tokens_per_delta=7)]
     for stop in ("button", "escape"):
         num_left = model.num_left
         prompt(page).send_keys("long", Keys.ENTER)
@@ -65,6 +65,8 @@ def test_stop_keeps_what_has_come(page: Page, model: ScriptedModel) -> None:
         page.wait(partial(model.has_lost, num_left + 1))
         assert page.run("return [...document.querySelectorAll('.cut')].at(-1).dataset.finish") == "stopped"
     assert answers(page) == ["some words", "some words"]
+    figures = page.run("return [...document.querySelectorAll('.figures')].map((node) => node.textContent)")
+    assert all("14 tokens" in text and "prompt 12" in text for text in figures)
 
 
 def test_regenerate_edit_and_branches(page: Page, model: ScriptedModel) -> None:
@@ -253,6 +255,7 @@ FAILURES = (
     (Script(status=429, message="60 requests a minute.", retry_after=7), "429", "Too many requests"),
     (Script(status=400, message="temperature is 9."), "400", "temperature is 9."),
     (Script(["half"], breaks_off=True), "cut_off", "connection broke"),
+    (Script(["half"], is_cut=True), "cut_off", "connection broke"),
     (Script(["half"], error="The engine has stopped."), "server_error", "The engine has stopped."),
 )
 

@@ -41,7 +41,7 @@ export function regenerate(conversation, node) {
 async function reply(conversation, parent) {
   const node = addNode(conversation, parent.id, { role: "assistant", content: "", isOpen: true });
   const clock = new Stopwatch();
-  const run = { node, clock, controller: new AbortController() };
+  const run = { node, clock, controller: new AbortController(), usage: null };
   app.running.set(conversation.id, run);
   begin(conversation.id, node.id);
   emit("thread", { hasGrown: true });
@@ -53,7 +53,10 @@ async function reply(conversation, parent) {
     const result = await answer(conversation, nodes, {
       seed: seedFor(conversation, node), signal: run.controller.signal,
       take(piece) {
-        if (!piece.toolCall || piece.toolCall.function?.arguments) clock.tick();
+        if (piece.usage) {
+          run.usage = piece.usage;
+          clock.tick(piece.usage.completion_tokens);
+        }
         grow(node, piece);
         emit("grown", run);
         if (performance.now() - savedAt > SAVE_MS) {
@@ -62,11 +65,11 @@ async function reply(conversation, parent) {
         }
       },
     });
-    await finish(node, result, clock);
+    await finish(node, result);
   } catch (error) {
     fail(node, error, run.controller.signal);
-    if (clock.pieces) node.figures = figures(clock, null);
   } finally {
+    if (run.usage) node.figures = figures(run);
     delete node.isOpen;
     app.running.delete(conversation.id);
     emit("thread", { finished: node });
@@ -92,10 +95,9 @@ function grow(node, { text, reasoning, toolCall }) {
   call.arguments += toolCall.function?.arguments ?? "";
 }
 
-async function finish(node, result, clock) {
+async function finish(node, result) {
   node.finish = result.finish;
   node.model = server.model;
-  node.figures = figures(clock, result.usage);
   try {
     const use = useOf(result, await result.precision);
     if (use) node.use = use;
@@ -104,10 +106,9 @@ async function finish(node, result, clock) {
   }
 }
 
-function figures(clock, usage) {
-  const tokens = usage?.completion_tokens ?? clock.pieces;
+function figures({ clock, usage }) {
   const found = {
-    tokens, first: clock.waited, speed: clock.speed(tokens), prompt: usage?.prompt_tokens, cached: usage?.prompt_tokens_details?.cached_tokens,
+    tokens: usage.completion_tokens, first: clock.waited, speed: clock.speed, prompt: usage.prompt_tokens, cached: usage.prompt_tokens_details?.cached_tokens,
   };
   return Object.fromEntries(Object.entries(found).filter(([, value]) => value !== null && value !== undefined));
 }
@@ -118,6 +119,7 @@ function fail(node, error, signal) {
     return;
   }
   node.finish = "error";
-  node.problem = { status: error.status ?? null, kind: error.type ?? null, text: error.status === undefined ? "" : error.message, retryAfter: error.retryAfter ?? null };
+  const isTold = error.status !== undefined && error.type !== "cut_off"; // by the server
+  node.problem = { status: error.status ?? null, kind: error.type ?? null, text: isTold ? error.message : "", retryAfter: error.retryAfter ?? null };
   look();
 }

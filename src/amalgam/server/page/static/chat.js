@@ -8,8 +8,9 @@ const WEIGHTS = /-weights-(\d+)$/; // of a system_fingerprint
 // A model without a chat template gets the bare text of the conversation to continue.
 export const isContinuing = () => server.info?.has_chat_template === false;
 
-// Streams the answer to `nodes` (see tree.js) and calls take({text, reasoning, toolCall}) for each piece.
-// Returns {finish, usage, routedExperts, version, precision}, the last a promise. Raises ApiError, or what `signal` aborts with.
+// Streams the answer to `nodes` (see tree.js) and calls take({text, reasoning, toolCall, usage}) for each
+// piece, which has one of these; `usage` counts what has come so far. Returns {finish, usage, routedExperts, version,
+// precision}, the last a promise. Raises ApiError, or what `signal` aborts with.
 export async function answer(conversation, nodes, { seed, signal, take }) {
   if (isContinuing()) {
     return run("v1/completions", { ...common(conversation, seed), prompt: nodes.map((node) => node.content).join("") }, { signal, take });
@@ -19,7 +20,7 @@ export async function answer(conversation, nodes, { seed, signal, take }) {
 
 function common({ sampling }, seed) {
   return {
-    model: server.modelId || server.model, stream: true, stream_options: { include_usage: true }, ...sampling, seed,
+    model: server.modelId || server.model, stream: true, stream_options: { include_usage: true, continuous_usage_stats: true }, ...sampling, seed,
     routed_experts: tellsExperts() ? true : undefined,
   };
 }
@@ -44,7 +45,10 @@ async function run(path, body, { signal, take }) {
   const result = { finish: null, usage: null, routedExperts: null, version: null, precision: null };
   await stream(path, body, (event) => {
     if (event.error) throw new ApiError(event.error.message, event.error.status ?? null, event.error.type);
-    if (event.usage) result.usage = event.usage;
+    if (event.usage) {
+      result.usage = event.usage;
+      take({ usage: event.usage });
+    }
     const weights = event.system_fingerprint?.match(WEIGHTS);
     if (weights && Number(weights[1]) !== result.version) {
       result.version = Number(weights[1]);

@@ -1,24 +1,26 @@
-// Times the pieces of an answer as they come.
+// Times the tokens of an answer as they come.
 
 export class Stopwatch {
   constructor() {
-    this.pieces = 0;
+    this.tokens = 0;
     this.begun = performance.now();
   }
 
-  tick() {
+  // So many have come so far.
+  tick(tokens) {
+    if (tokens <= this.tokens) return;
     this.latest = performance.now();
-    this.first ??= this.latest;
-    this.pieces += 1;
+    this.first ??= { at: this.latest, tokens };
+    this.tokens = tokens;
   }
 
-  // Seconds until the first piece; null before it.
+  // Seconds until the first token; null before it.
   get waited() {
-    return this.first === undefined ? null : (this.first - this.begun) / 1000;
+    return this.first === undefined ? null : (this.first.at - this.begun) / 1000;
   }
 
-  // Tokens per second after the first, if `tokens` have come so far.
-  speed(tokens) {
-    return tokens > 1 && this.latest > this.first ? ((tokens - 1) / (this.latest - this.first)) * 1000 : null;
+  // Tokens per second after the first ones; null before others come.
+  get speed() {
+    return this.tokens > (this.first?.tokens ?? 0) ? ((this.tokens - this.first.tokens) / (this.latest - this.first.at)) * 1000 : null;
   }
 }

@@ -151,7 +151,7 @@ class AnswerView {
     this.body.classList.toggle("is-open", isGrowing(message));
     this.showThoughts();
     this.showCalls();
-    if (run) this.figures.textContent = run.clock.speed(run.clock.pieces) ? t("figure_speed", format.short(run.clock.speed(run.clock.pieces))) : "";
+    if (run) this.figures.textContent = run.clock.speed ? t("figure_speed", format.short(run.clock.speed)) : "";
   }
 
   update() {

@@ -112,7 +112,7 @@ export async function followWithKey(event) {
 
 // Server-sent events by fetch, which unlike EventSource can post a body. Returns at the end of the stream.
 // It fails when no event has come for `silenceMs()`: a connection may stay open with nobody behind it, and comments that
-// only keep it open do not count.
+// only keep it open do not count. Raises an ApiError of type "cut_off" if the connection breaks in the midst.
 export async function stream(path, body, onEvent, { signal, silenceMs } = {}) {
   const controller = new AbortController();
   const leave = () => controller.abort(signal.reason);
@@ -127,7 +127,9 @@ export async function stream(path, body, onEvent, { signal, silenceMs } = {}) {
     const reader = response.body.pipeThrough(new TextDecoderStream()).getReader();
     let rest = "";
     for (;;) {
-      const { value, done } = await reader.read();
+      const { value, done } = await reader.read().catch((error) => {
+        throw controller.signal.aborted ? error : new ApiError(error.message, null, "cut_off");
+      });
       if (done) return;
       const parts = (rest + value).split("\n\n");
       rest = parts.pop();
