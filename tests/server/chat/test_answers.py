@@ -79,6 +79,17 @@ def test_markdown(page: Page, model: ScriptedModel) -> None:
     assert page.driver.execute_async_script(paste) == 'def f():\n    return "<b>"'
 
 
+def test_images_stay_text(page: Page, model: ScriptedModel) -> None:
+    text = "![a *cat*](https://a.example/cat.png) [![badge](https://a.example/b.svg)](https://b.example/) ![no] (image)"
+    model.scripts["images"] = [Script([text])]
+    say(page, "images")
+    assert answers(page) == [
+        "![a *cat*](https://a.example/cat.png) ![badge](https://a.example/b.svg) ![no] (image)",
+    ]
+    links = "return [...document.querySelectorAll('.markdown a')].map((node) => node.href)"
+    assert page.run(links) == ["https://b.example/"]
+
+
 def test_code_is_shown_in_colours(page: Page, model: ScriptedModel) -> None:
     model.scripts["code"] = [Script([f"```{name}\n{text}\n```\n" for name, (text, _) in CODE.items()])]
     say(page, "code")

@@ -118,6 +118,60 @@ def test_undo_brings_back_and_takes_nothing(page: Page) -> None:
     assert (said(page), answers(page)) == (["one", "two"], ["You said: one", "You said: two"])
 
 
+# Toasts leave after this while.
+COUNT_TIMERS = """
+    window.timers = new Set();
+    const [set, clear] = [setTimeout, clearTimeout];
+    window.setTimeout = (run, ms) => {
+        const id = set(run, ms);
+        if (ms === 6000) window.timers.add(id);
+        return id;
+    };
+    window.clearTimeout = (id) => { window.timers.delete(id); clear(id); };
+"""
+
+
+def test_undo_stays_while_it_has_the_focus(page: Page) -> None:
+    say(page, "hi")
+    page.run(COUNT_TIMERS)
+    page.run("document.querySelector('.entry-delete').click()")
+    count = "return window.timers.size"
+    assert page.run(count) == 1
+    page.run("document.querySelector('.toast').dispatchEvent(new PointerEvent('pointerenter'))")
+    assert page.run(count) == 0
+    page.run("document.querySelector('.toast button').focus()")
+    page.run("document.querySelector('.toast').dispatchEvent(new PointerEvent('pointerleave'))")
+    assert page.run(count) == 0
+    prompt(page).send_keys("x")
+    assert page.run(count) == 1
+    page.run("document.querySelector('.toast button').focus()")
+    assert page.run(count) == 0
+    page.driver.switch_to.active_element.send_keys(Keys.ENTER)
+    assert titles(page) == ["hi"]
+    assert page.run("return document.activeElement.id") == "scroller"
+
+
+def test_escape_does_one_thing(page: Page, model: ScriptedModel) -> None:
+    model.scripts["slow"] = [Script(["a", "b"], is_held=True)]
+    prompt(page).send_keys("slow", Keys.ENTER)
+    page.wait("return document.querySelector('.markdown')?.textContent === 'a'")
+    search = page.driver.find_element("css selector", "#search")
+    search.send_keys("nothing")
+    assert titles(page) == []
+    search.send_keys(Keys.ESCAPE)
+    assert titles(page) == ["slow"] and search.get_attribute("value") == ""
+    assert page.run("return document.querySelector('#send').dataset.word") == "stop"
+    page.emulate(360, 740, is_mobile=True)
+    page.wait("return document.querySelector('#sidebar').inert")
+    page.click("#side-open")
+    page.wait("return document.activeElement.id === 'side-close'")
+    page.driver.switch_to.active_element.send_keys(Keys.ESCAPE)
+    assert page.run("return document.querySelector('#sidebar').inert")
+    assert page.run("return document.querySelector('#send').dataset.word") == "stop"
+    prompt(page).send_keys(Keys.ESCAPE)
+    wait_for_end(page)
+
+
 def test_what_is_being_written_stays(page: Page, model: ScriptedModel) -> None:
     call = {"index": 0, "id": "c1", "type": "function", "function": {"name": "weather", "arguments": "{}"}}
     model.scripts["ask"] = [Script([{"tool_calls": [call]}], finish="tool_calls")]

@@ -217,7 +217,9 @@ def test_with_a_real_model_and_a_users_key(browser: Page, demo_url: str) -> None
 
 
 def test_languages_themes_and_a_telephone(page: Page, model: ScriptedModel) -> None:
-    model.scripts["md"] = [Script([MARKDOWN, "\n", "x" * 300])]
+    name = "look_up_the_weather_of_tomorrow_" * 8
+    call = {"index": 0, "id": "c1", "type": "function", "function": {"name": name, "arguments": "{}"}}
+    model.scripts["md"] = [Script([MARKDOWN, "\n", "x" * 300, {"tool_calls": [call]}], finish="tool_calls")]
     say(page, "md")
     page.click("#language")
     assert page.text("#new") == "新对话"
@@ -233,8 +235,15 @@ def test_languages_themes_and_a_telephone(page: Page, model: ScriptedModel) -> N
     overflowing = """return [...document.querySelectorAll('#thread *')].filter((node) =>
         node.getBoundingClientRect().right > 361 && !node.closest('pre, .table-frame, .grid-scroll')).length"""
     page.wait(f"return (() => {{ {overflowing} }})() === 0")
+    assert page.run("const head = document.querySelector('.call h3'); return head.scrollWidth <= head.clientWidth")
     page.click("#side-open")
     page.wait("return document.activeElement.id === 'side-close'")
+    page.emulate(360, 225, is_mobile=True)  # at four times the size
+    for selector in (".entry", "#export", "#new"):
+        in_view = """const {top, bottom} = arguments[0].getBoundingClientRect();
+            return bottom > top && top >= 0 && bottom <= 225"""
+        page.wait(in_view, page.show(selector))
+    page.emulate(360, 740, is_mobile=True)
     page.run("document.querySelector('#language').click()")
     page.click("#new")
     page.wait("return document.querySelector('#sidebar').inert")

@@ -29,7 +29,8 @@ export function startComposer() {
     else send();
   });
   document.addEventListener("keydown", (event) => {
-    if (event.key === "Escape" && isRunning() && !document.querySelector("dialog[open]")) stop(app.current);
+    if (event.key !== "Escape" || event.defaultPrevented || document.querySelector("dialog[open]")) return; // meant for others
+    if (isRunning()) stop(app.current);
   });
   on("open", change);
   on("thread", words);

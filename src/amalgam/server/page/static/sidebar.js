@@ -17,7 +17,10 @@ export function startSidebar() {
   element("new").addEventListener("click", () => { openNew(); leave(); element("prompt").focus(); });
   element("search").addEventListener("input", show);
   element("search").addEventListener("keydown", (event) => {
-    if (event.key === "Escape") { element("search").value = ""; show(); }
+    if (event.key !== "Escape" || !element("search").value) return;
+    event.preventDefault(); // that is what it was for
+    element("search").value = "";
+    show();
   });
   element("side-open").append(icon("menu"));
   element("side-close").append(icon("close"));
@@ -28,7 +31,9 @@ export function startSidebar() {
   element("import").addEventListener("click", () => element("import-file").click());
   element("import-file").addEventListener("change", read);
   document.addEventListener("keydown", (event) => {
-    if (event.key === "Escape" && isNarrow() && isShown()) leave();
+    if (event.key !== "Escape" || event.defaultPrevented || !isNarrow() || !isShown()) return;
+    event.preventDefault();
+    leave();
   });
   on("list", show);
   onLanguage(words);

@@ -68,7 +68,7 @@ function scan(text, closed, start, end, isInLink) {
       case "`": return code(from);
       case "$": return formula(from);
       case "[": return link(from);
-      case "!": return text[from + 1] === "[" ? link(from + 1) : null; // an image: nothing is fetched from elsewhere
+      case "!": return text[from + 1] === "[" ? image(from) : null;
       case "<": return angle(from);
       case "&": return entity(from);
       case "h": return isInLink ? null : address(from);
@@ -115,6 +115,15 @@ function scan(text, closed, start, end, isInLink) {
     const isOne = until >= 0 && until + marks.length <= end && !/\s/.test(text[until - 1]) && !/\d/.test(text[until + marks.length] ?? "")
       && !text.slice(first, until).includes("\n\n");
     return isOne ? { node: text.slice(from, until + marks.length), next: until + marks.length } : { node: marks, next: first };
+  }
+
+  // Stays as it is written: nothing is fetched from elsewhere.
+  function image(from) {
+    const until = closed.get(from + 1);
+    const target = until === undefined || until >= end ? null : match(TARGET, text, until + 1);
+    if (!target) return null;
+    const next = until + 1 + target[0].length;
+    return { node: text.slice(from, next), next };
   }
 
   function link(from) {
