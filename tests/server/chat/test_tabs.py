@@ -53,9 +53,9 @@ def stored(page: Page) -> list[dict[str, Any]]:
     return result
 
 
-def contents(page: Page) -> set[str]:
-    """Of all messages in the store."""
-    return {node["content"] for conversation in stored(page) for node in conversation["nodes"].values()}
+def contents(page: Page) -> list[str]:
+    """Of all messages in the store, sorted."""
+    return sorted(node["content"] for conversation in stored(page) for node in conversation["nodes"].values())
 
 
 def address(page: Page) -> str:
@@ -116,7 +116,8 @@ def test_what_one_tab_writes_the_other_knows(page: Page, model: ScriptedModel) -
         page.front(first)
         page.wait(lambda: titles(page) == ["twice"])
         assert page.run("return document.querySelector('.editor').value") == "hi kept"
-    assert contents(page) >= {"hi", "from the second", "You said: from the second", "slow", "ab", "You said: then"}
+    said_back = [f"You said: {text}" for text in ("from the second", "hi", "then")]
+    assert contents(page) == [*said_back, "ab", "from the second", "hi", "slow", "then"]
     assert stored(page)[0]["title"] == "twice"
 
 
@@ -134,26 +135,26 @@ def test_answers_are_stopped_removed_and_cut_off_across_tabs(page: Page, model: 
         num_left = model.num_left
         page.click("#new")
         begin(page, "slow", "a")
-        page.front(second)
-        page.wait("return document.querySelectorAll('.entry').length === 2")
-        page.run("document.querySelector('.entry:has(.pulse) .entry-title').click()")
-        page.wait(WORD, "stop")
         prompt(page).send_keys("a draft")
-        page.front(first)
-        page.run("document.querySelector('.entry:has(.pulse) .entry-delete').click()")
-        page.wait(partial(model.has_lost, num_left + 1))
         page.front(second)
+        page.wait("return document.querySelectorAll('.entry .pulse').length === 1")
+        page.run("document.querySelector('.entry:has(.pulse) .entry-delete').click()")
+        page.run("document.querySelector('.toast').dispatchEvent(new PointerEvent('pointerenter'))")  # which keeps it
+        page.wait(partial(model.has_lost, num_left + 1))
+        page.front(first)
         page.wait("return document.querySelectorAll('.entry').length === 1")
         page.wait("return document.querySelector('#welcome').checkVisibility()")
         assert page.run("return document.querySelector('#prompt').value") == "a draft"
         assert len(stored(page)) == 1
-        page.front(first)
-        page.click(".toast button")
         page.front(second)
+        page.click(".toast button")
+        page.front(first)
         page.wait("return document.querySelectorAll('.entry').length === 2")
         page.run("document.querySelectorAll('.entry-title')[0].click()")
         assert (said(page), answers(page)) == (["slow"], ["a"])
+        page.wait(lambda: contents(page) == ["a", "a", "slow", "slow"])  # with what came before it was removed
 
+        page.front(second)
         page.run("document.querySelectorAll('.entry-title')[1].click()")
         page.run("document.querySelector('.assistant .do-regenerate').click()")
         page.wait(WORD, "stop")
@@ -177,7 +178,7 @@ def test_saving_overwrites_nothing_unseen(page: Page, model: ScriptedModel) -> N
     model.is_released.set()
     wait_for_end(page)
     page.wait(lambda: "ab" in contents(page))
-    assert contents(page) == {"hi", "You said: hi", "slow", "ab", "unheard"}
+    assert contents(page) == ["You said: hi", "ab", "hi", "slow", "unheard"]
     assert stored(page)[0]["system"] == "unheard"
     page.wait("return document.querySelector('#system').value === 'unheard'")
 
