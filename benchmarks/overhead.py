@@ -20,10 +20,10 @@ from typing import Any
 
 from amalgam import _native
 from amalgam.config.reading import load_settings
-from amalgam.engine import runner
-from amalgam.engine.core import Engine
+from amalgam.engine import runner, step_loop
 from amalgam.engine.runner import Runner
 from amalgam.engine.scheduler import Scheduler
+from amalgam.engine.step_loop import StepLoop
 from amalgam.models.decoder import Decoder
 from amalgam.tools import bench
 
@@ -34,9 +34,9 @@ PARTS = {
     "the step's input": [(Runner, "execute")],
     "the model's call": [(Decoder, "forward")],
     "sampling's set-up": [(runner, "sample")],
-    "tokens and text": [(Engine, "_take")],
-    "counting": [(Engine, "_measure"), (Runner, "commit")],
-    REST: [(Engine, "_step")],
+    "tokens and text": [(step_loop, "_take")],
+    "counting": [(StepLoop, "_measure"), (Runner, "commit")],
+    REST: [(StepLoop, "_step")],
 }
 
 

@@ -286,6 +286,16 @@ def test_scripts_import_what_is_there() -> None:
     assert len(SCRIPTS) > 40 and not missing, missing
 
 
+@pytest.mark.usefixtures("scripts")
+def test_the_parts_of_a_step_are_there() -> None:
+    """What a step costs is timed function by function, whichever module they are in."""
+    import overhead
+
+    for part, functions in overhead.PARTS.items():
+        for owner, name in functions:
+            assert callable(getattr(owner, name, None)), part
+
+
 def is_importable(module: str, name: str) -> bool:
     try:
         if hasattr(importlib.import_module(module), name):
