@@ -177,7 +177,7 @@ def test_the_tokens_around_a_long_text(single: str) -> None:
 def test_a_prompt_that_cannot_fit_is_not_tokenized(monkeypatch: pytest.MonkeyPatch) -> None:
     long = tokenizer(byte_level())
     monkeypatch.setattr(text, "token_ids_by_piece", lambda *_: pytest.fail("tokenized"))
-    with raises(PromptTooLongError, 7_000_000, 1001):
+    with raises(PromptTooLongError, 7_000_000, 1000):
         long.encode("ab" * 3_500_000, max_tokens=1000)
 
 
@@ -191,7 +191,7 @@ def test_what_the_bound_lets_pass_ends_with_the_piece_that_is_too_much(monkeypat
         begun(self, backend, prompt, start, length, **options)
 
     monkeypatch.setattr(text_pieces.Piece, "__init__", count)
-    with raises(PromptTooLongError, 15_001):
+    with raises(PromptTooLongError, 15_000):
         long.encode("x, " * (10 * PIECE), max_tokens=15_000)
     assert num_chars < 20 * PIECE
 
