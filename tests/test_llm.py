@@ -318,6 +318,13 @@ def test_reasoning_and_calls_are_set_apart() -> None:
     }  # fmt: skip
 
 
+def test_a_call_that_breaks_off_is_content() -> None:
+    deltas = [ContentDelta("So: "), ToolCallDelta(0, "a", "f", "{}"), ToolCallDelta(1, "b", "g", '{"x": [1')]
+    message = message_of(deltas)
+    assert message["content"] == 'So: g({"x": [1'
+    assert [call["function"]["name"] for call in message["tool_calls"]] == ["f"]
+
+
 def test_what_is_awaited_is_what_is_returned(llm: LLM) -> None:
     prompts = ["The old man", "def main("]
     expected = [answer.text for answer in llm.generate(prompts, GREEDY)]

@@ -14,7 +14,8 @@ from typing import Any
 from amalgam.engine.params import SamplingParams
 from amalgam.engine.request import Generation
 from amalgam.runtime.deployment import Deployment
-from amalgam.text.answers.contract import AnswerDelta, AnswerParser, ContentDelta, ReasoningDelta
+from amalgam.text.answers.contract import AnswerDelta, AnswerParser
+from amalgam.text.answers.parts import AnswerParts
 from amalgam.text.answers.registry import answer_format
 from amalgam.text.grammar import Grammar
 
@@ -82,23 +83,16 @@ class Chats:
 
 
 def message_of(deltas: Iterable[AnswerDelta]) -> dict[str, Any]:
-    """The assistant's message that the parts of an answer are."""
-    content: list[str] = []
-    reasoning: list[str] = []
-    calls: dict[int, dict[str, Any]] = {}
-    for delta in deltas:
-        if isinstance(delta, ContentDelta):
-            content.append(delta.text)
-        elif isinstance(delta, ReasoningDelta):
-            reasoning.append(delta.text)
-        else:
-            new = {"id": delta.id, "type": "function", "function": {"name": "", "arguments": ""}}
-            function = calls.setdefault(delta.index, new)["function"]
-            function["name"] += delta.name or ""
-            function["arguments"] += delta.arguments
-    message: dict[str, Any] = {"role": "assistant", "content": "".join(content)}
-    if reasoning:
-        message["reasoning_content"] = "".join(reasoning)
-    if calls:
-        message["tool_calls"] = [calls[index] for index in sorted(calls)]
+    """The assistant's message that the parts of an answer are. A call that is not complete is content."""
+    parts = AnswerParts()
+    parts.add(deltas)
+    parts.finish()
+    message: dict[str, Any] = {"role": "assistant", "content": parts.content or ""}
+    if parts.reasoning is not None:
+        message["reasoning_content"] = parts.reasoning
+    if parts.calls:
+        message["tool_calls"] = [
+            {"id": call["id"], "type": "function", "function": {"name": call["name"], "arguments": call["arguments"]}}
+            for _, call in sorted(parts.calls.items())
+        ]
     return message

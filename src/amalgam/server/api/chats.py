@@ -6,10 +6,8 @@ In: a prompt, tools, the form that the answer must have; outputs. Out: token ids
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from amalgam.engine.params import ThinkingLimit
 from amalgam.engine.request import RequestOutput
@@ -26,6 +24,7 @@ from amalgam.text.answers.contract import (
     schema_of,
 )
 from amalgam.text.answers.format import AnswerFormat
+from amalgam.text.answers.parts import arguments_of
 from amalgam.text.chat import ChatPrompt
 from amalgam.text.grammar import CompiledGrammar, Grammar, check_grammar
 
@@ -168,20 +167,6 @@ def _mark_ids(tokenizer: Tokenizer, mark: str) -> tuple[int, ...]:
     while token_ids and not tokenizer.token_text(token_ids[0]).strip():
         del token_ids[0]
     return tuple(token_ids)
-
-
-def arguments_of(text: str) -> dict[str, Any] | None:
-    """The arguments of a call; None: the text is no JSON object, because the answer was cut off or the model erred."""
-    try:
-        found = json.loads(text)
-    except (ValueError, RecursionError):
-        return None
-    return found if isinstance(found, dict) else None
-
-
-def call_as_text(name: str, arguments: str) -> str:
-    """A call that is not complete, as content."""
-    return f"{name}({arguments}"
 
 
 class AnswerReader:

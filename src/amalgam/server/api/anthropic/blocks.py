@@ -9,8 +9,8 @@ import hashlib
 from collections.abc import Iterator
 from typing import Any
 
-from amalgam.server.api.chats import arguments_of, call_as_text
 from amalgam.text.answers.contract import AnswerDelta, ContentDelta, ReasoningDelta, ToolCallDelta
+from amalgam.text.answers.parts import arguments_of, call_as_text
 
 JSON = dict[str, Any]
 

@@ -23,7 +23,6 @@ from amalgam.server.api.common import MAX_INT, MAX_MESSAGES, MAX_PARTS, ToolUse
 from amalgam.server.api.openai.answers import Head, TokenCounts, reason_of, stream_of, versions_of
 from amalgam.server.api.openai.conversation import (
     Conversation,
-    Parts,
     Started,
     chat_token_limit,
     start,
@@ -45,6 +44,7 @@ from amalgam.server.http.errors import OrjsonResponse
 from amalgam.server.interface import Tokenizer
 from amalgam.server.service import Service
 from amalgam.text.answers.contract import AnswerDelta, ContentDelta, ReasoningDelta
+from amalgam.text.answers.parts import AnswerParts
 from amalgam.text.chat import ChatPrompt
 
 MAX_METADATA = 16  # as OpenAI has it
@@ -228,7 +228,7 @@ class _Answering:
     async def whole(self) -> Response:
         body, readers = self.body, self.started.readers
         collected = [Collected() for _ in readers]
-        parts = [Parts() for _ in readers]
+        parts = [AnswerParts() for _ in readers]
         try:
             async for index, output in self._choices:
                 collected[index].add(output)
@@ -336,7 +336,7 @@ class _Answering:
             return "tool_calls"
         return reason_of(reason)
 
-    def _choice(self, names: TokenNames, index: int, item: Collected, parts: Parts) -> dict[str, Any]:
+    def _choice(self, names: TokenNames, index: int, item: Collected, parts: AnswerParts) -> dict[str, Any]:
         message: dict[str, Any] = {"role": "assistant", "content": parts.content, "refusal": None}
         if parts.calls:
             message["tool_calls"] = [

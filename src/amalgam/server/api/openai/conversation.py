@@ -6,16 +6,14 @@ of answers.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 
 from amalgam.engine.params import SamplingParams
 from amalgam.engine.request import Observation
-from amalgam.server.api.chats import AnswerReader, arguments_of, call_as_text, encode_chat
+from amalgam.server.api.chats import AnswerReader, encode_chat
 from amalgam.server.api.common import Form, ToolUse
 from amalgam.server.choices import Choices, Wanted
 from amalgam.server.service import Service
-from amalgam.text.answers.contract import AnswerDelta, ContentDelta, ReasoningDelta
 from amalgam.text.chat import ChatPrompt
 
 
@@ -68,33 +66,6 @@ async def start(service: Service, conversation: Conversation) -> Started:
         chat.reader(separates_reasoning=conversation.separates_reasoning) for _ in range(conversation.num_samples)
     ]
     return Started(choices, chat.prompt_ids, readers)
-
-
-@dataclass
-class Parts:
-    """The deltas of one choice, put together; None: there were none of the kind."""
-
-    content: str | None = None
-    reasoning: str | None = None
-    calls: dict[int, dict[str, str]] = field(default_factory=dict)  # index → id, name, arguments
-
-    def add(self, deltas: Sequence[AnswerDelta]) -> None:
-        for delta in deltas:
-            if isinstance(delta, ContentDelta):
-                self.content = (self.content or "") + delta.text
-            elif isinstance(delta, ReasoningDelta):
-                self.reasoning = (self.reasoning or "") + delta.text
-            else:
-                call = self.calls.setdefault(delta.index, {"id": delta.id, "name": "", "arguments": ""})
-                call["name"] += delta.name or ""
-                call["arguments"] += delta.arguments
-
-    def finish(self) -> None:
-        """Nothing follows: calls that are not complete become content."""
-        for index, call in list(self.calls.items()):
-            if arguments_of(call["arguments"]) is None:
-                del self.calls[index]
-                self.content = (self.content or "") + call_as_text(call["name"], call["arguments"])
 
 
 def chat_token_limit(service: Service, *limits: int | None) -> int:

@@ -14,12 +14,12 @@ from orjson import Fragment
 from pydantic import Discriminator, Field, Tag
 
 from amalgam.errors import RequestError, UnsupportedError, describe
-from amalgam.server.api.chats import arguments_of
 from amalgam.server.api.common import MAX_PARTS
 from amalgam.server.api.openai.messages import ContentPart
 from amalgam.server.api.openai.refusing import OpenAIBody
 from amalgam.server.api.refusing import Refused
 from amalgam.text.answers.contract import AnswerDelta, ContentDelta, ReasoningDelta, ToolCallDelta
+from amalgam.text.answers.parts import arguments_of
 
 
 class InputPart(ContentPart):
