@@ -7,15 +7,13 @@ So no interface needs to know of logs, limits and traces. Must never know: HTTP.
 from __future__ import annotations
 
 import asyncio
-import contextlib
-import threading
-from collections.abc import Awaitable, Callable, Iterator, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Literal, TypeVar
 
 from amalgam.engine.params import MAX_PRIORITY, SamplingParams
 from amalgam.engine.request import FinishReason, Observation, PromptProgress, RequestOutput
-from amalgam.errors import AmalgamError, UnavailableError
+from amalgam.errors import AmalgamError
 from amalgam.server.http.keys import ForbiddenError
 from amalgam.server.http.record import PromptUse, RequestRecord, current_record
 from amalgam.server.interface import Deployment, Engine, OutputStream
@@ -44,29 +42,12 @@ def watched(deployment: Deployment) -> Deployment:
 
 
 class _WatchedDeployment(WrappedDeployment):
-    def __init__(self, deployment: Deployment) -> None:
-        super().__init__(deployment)
-        self._stopping = threading.Event()
-
     @property
     def engine(self) -> Engine:
-        return _WatchedEngine(self.wrapped.engine, self._stopping)
+        return _WatchedEngine(self.wrapped.engine)
 
 
 class _WatchedEngine(WrappedEngine):
-    """
-    Args:
-        stopping: the server has stopped the engine, which so has not failed.
-    """
-
-    def __init__(self, engine: Engine, stopping: threading.Event) -> None:
-        super().__init__(engine)
-        self._stopping = stopping
-
-    def stop(self) -> None:
-        self._stopping.set()
-        super().stop()
-
     def stream(
         self,
         prompt_ids: Sequence[int],
@@ -85,9 +66,8 @@ class _WatchedEngine(WrappedEngine):
             return self.wrapped.stream(prompt_ids, params, observation, constraint, version)
         params, progress = _with_priority(record, params), PromptProgress()
         observation = _watched_by(record, progress, observation)
-        with _telling_of_the_stop(self._stopping):
-            outputs = self.wrapped.stream(prompt_ids, params, observation, constraint, version or record.weights)
-        return _WatchedStream(outputs, record, record.prompt_use(prompt_ids), progress, self._stopping)
+        outputs = self.wrapped.stream(prompt_ids, params, observation, constraint, version or record.weights)
+        return _WatchedStream(outputs, record, record.prompt_use(prompt_ids), progress)
 
     async def embed(
         self,
@@ -110,8 +90,7 @@ class _WatchedEngine(WrappedEngine):
         observation = _watched_by(record, progress, observation)
         result = self.wrapped.embed(prompt_ids, pooling, observation, version, note)
         try:
-            with _telling_of_the_stop(self._stopping):
-                return await _in_time(record, result)
+            return await _in_time(record, result)
         finally:
             record.add_prompt(PromptUse(prompt_ids), progress.num_tokens)
 
@@ -123,13 +102,11 @@ class _WatchedStream:
         record: RequestRecord,
         prompt: PromptUse,
         progress: PromptProgress,
-        stopping: threading.Event,
     ) -> None:
         self._outputs = outputs
         self._record = record
         self._prompt = prompt
         self._progress = progress
-        self._stopping = stopping
 
     def __aiter__(self) -> _WatchedStream:
         return self
@@ -141,8 +118,6 @@ class _WatchedStream:
             output = await _in_time(self._record, self._outputs.__anext__())
         self._record.add_prompt(self._prompt, self._progress.num_tokens)
         _note_output(self._record, output)
-        if output.error is not None:
-            output = output._replace(error=_as_told(output.error, self._stopping))
         return output
 
     def cancel(self, reason: FinishReason = FinishReason.CANCELLED) -> None:
@@ -151,23 +126,6 @@ class _WatchedStream:
     async def aclose(self) -> None:
         await self._outputs.aclose()
         self._record.add_prompt(self._prompt, self._progress.num_tokens)  # no step begins with it after that
-
-
-@contextlib.contextmanager
-def _telling_of_the_stop(stopping: threading.Event) -> Iterator[None]:
-    try:
-        yield
-    except UnavailableError as error:
-        raise _as_told(error, stopping) from None
-
-
-def _as_told(error: Exception, stopping: threading.Event) -> Exception:
-    """What a client is told: the engine takes its end for a failure, also where the server has stopped it."""
-    if not isinstance(error, UnavailableError) or not stopping.is_set():
-        return error
-    return UnavailableError(
-        "The server is shutting down.", remedy="Send the request again, to another server or later."
-    )
 
 
 def _with_priority(record: RequestRecord, params: SamplingParams) -> SamplingParams:
