@@ -12,9 +12,9 @@ from pathlib import Path
 
 import pytest
 
+from amalgam.base.sizes import human_bytes
 from amalgam.checkpoint.store import TensorStore
 from amalgam.cli import main
-from amalgam.cli.console import human_bytes
 from amalgam.config.reading import load_settings
 from amalgam.config.settings import Settings
 from amalgam.planning.cards import parse_card

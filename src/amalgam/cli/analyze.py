@@ -111,14 +111,15 @@ def _facts(analysis: Any) -> list[tuple[str, str]]:
 
 
 def _numbers(tally: Any) -> tuple[str, str, str]:
-    from amalgam.cli.console import human_bytes
+    from amalgam.base.sizes import human_bytes
 
     parameters = "?" if tally.parameters is None else f"{tally.parameters:,}"
     return f"{tally.num_weights:,}", parameters, "?" if tally.nbytes is None else human_bytes(tally.nbytes)
 
 
 def _show_export(export: Any) -> None:
-    from amalgam.cli.console import human_bytes, print_table, say
+    from amalgam.base.sizes import human_bytes
+    from amalgam.cli.console import print_table, say
 
     def size(nbytes: int | None) -> str:
         return "?" if nbytes is None else human_bytes(nbytes)

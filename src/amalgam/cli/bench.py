@@ -29,7 +29,8 @@ def command(
     """Measure load time, memory, prompt and decoding speed. The last line is one JSON object.
 
     `amalgam bench serve` measures a running server."""
-    from amalgam.cli.console import human_bytes, print_json, print_table, progress_bar
+    from amalgam.base.sizes import human_bytes
+    from amalgam.cli.console import print_json, print_table, progress_bar
     from amalgam.errors import ConfigError
     from amalgam.runtime.opening import open_deployment
     from amalgam.tools import bench

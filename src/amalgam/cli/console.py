@@ -30,7 +30,6 @@ from rich.table import Table
 from rich.text import Text
 
 from amalgam.base.escaping import harmless, one_line
-from amalgam.base.sizes import human_bytes as human_bytes  # one of the ways here to say things
 
 if TYPE_CHECKING:
     from amalgam.composition.progress import Progress as ProgressCallback

@@ -213,7 +213,8 @@ def _look_line(look: Look) -> str:
 
 
 def _show(report: DistillReport) -> None:
-    from amalgam.cli.console import human_bytes, interval, note, print_table, say
+    from amalgam.base.sizes import human_bytes
+    from amalgam.cli.console import interval, note, print_table, say
 
     outcome = report.outcome
     rows: list[tuple[str, ...]] = [

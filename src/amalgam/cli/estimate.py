@@ -133,7 +133,8 @@ def _memory(settings: Settings, length: int | None, batch: int | None, gpu: str 
 
 
 def _show_memory(result: Estimate) -> None:
-    from amalgam.cli.console import human_bytes, note, print_table, say
+    from amalgam.base.sizes import human_bytes
+    from amalgam.cli.console import note, print_table, say
 
     rows = [(f"weights in {name}", human_bytes(size)) for name, size in result.weights.items()]
     if result.mapped_bytes:
@@ -168,7 +169,8 @@ def _show_memory(result: Estimate) -> None:
 
 
 def _show_devices(result: Estimate) -> None:
-    from amalgam.cli.console import human_bytes, print_table, say
+    from amalgam.base.sizes import human_bytes
+    from amalgam.cli.console import print_table, say
 
     rows = [
         (

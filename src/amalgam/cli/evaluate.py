@@ -88,7 +88,8 @@ def command(
 
 
 def _show(report: Any) -> None:
-    from amalgam.cli.console import human_bytes, interval, print_table, say
+    from amalgam.base.sizes import human_bytes
+    from amalgam.cli.console import interval, print_table, say
 
     def row(name: str, quality: Any) -> tuple[str, ...]:
         return (
@@ -112,7 +113,8 @@ def _show(report: Any) -> None:
 
 
 def _show_two(report: Any) -> None:
-    from amalgam.cli.console import human_bytes, interval, print_table, say
+    from amalgam.base.sizes import human_bytes
+    from amalgam.cli.console import interval, print_table, say
 
     sides = (report.first, report.second)
     rows = [

@@ -242,7 +242,8 @@ def _merge(paths: list[Path], save: Path | None) -> None:
 
 def _save(saved: SavedSet, path: Path) -> None:
     from amalgam.base.files import writing
-    from amalgam.cli.console import human_bytes, note
+    from amalgam.base.sizes import human_bytes
+    from amalgam.cli.console import note
     from amalgam.experts.saved.files import save
 
     target = path.expanduser()

@@ -101,7 +101,8 @@ def _as_json(report: ExportReport) -> dict[str, Any]:
 
 def _show(report: ExportReport) -> None:
     from amalgam.base.escaping import one_line
-    from amalgam.cli.console import human_bytes, interval, print_table, say
+    from amalgam.base.sizes import human_bytes
+    from amalgam.cli.console import interval, print_table, say
 
     groups: dict[tuple[str, str, str, bool], list[Any]] = {}
     for change in report.changes:

@@ -75,7 +75,8 @@ def command(
 
 
 def _show(report: FitReport) -> None:
-    from amalgam.cli.console import human_bytes, note, print_table, say
+    from amalgam.base.sizes import human_bytes
+    from amalgam.cli.console import note, print_table, say
 
     print_table((), _hardware_rows(report.hardware), "This machine")
     active = f", {report.num_active_parameters / 1e9:.2f} billion of them active for a token"
@@ -117,7 +118,7 @@ def _show(report: FitReport) -> None:
 
 
 def _verdict(fit: Fit) -> str:
-    from amalgam.cli.console import human_bytes
+    from amalgam.base.sizes import human_bytes
 
     if not fit.fits:
         return f"no, lacks {human_bytes(-fit.spare_bytes)}"
@@ -138,7 +139,7 @@ def _spare(fit: Fit) -> int:
 
 
 def _hardware_rows(hardware: Hardware) -> list[tuple[str, str]]:
-    from amalgam.cli.console import human_bytes
+    from amalgam.base.sizes import human_bytes
 
     machine = hardware.machine
     cores = f"{machine.cores} on {counted(machine.nodes, 'memory node')}"

@@ -302,7 +302,8 @@ def _rows(planned: Any) -> list[dict[str, Any]]:
 
 
 def _list(planned: Any, as_json: bool) -> None:
-    from amalgam.cli.console import human_bytes, print_json, print_table
+    from amalgam.base.sizes import human_bytes
+    from amalgam.cli.console import print_json, print_table
 
     rows = _rows(planned)
     if as_json:
@@ -316,7 +317,8 @@ def _list(planned: Any, as_json: bool) -> None:
 
 
 def _summarise(planned: Any) -> None:
-    from amalgam.cli.console import human_bytes, print_table
+    from amalgam.base.sizes import human_bytes
+    from amalgam.cli.console import print_table
 
     counts: Counter[tuple[str, str, str]] = Counter()
     sizes: defaultdict[tuple[str, str, str], int] = defaultdict(int)

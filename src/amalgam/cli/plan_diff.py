@@ -5,7 +5,8 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from amalgam.base.counting import counted
-from amalgam.cli.console import arrow, human_bytes, named, print_json, print_table, say, with_device
+from amalgam.base.sizes import human_bytes
+from amalgam.cli.console import arrow, named, print_json, print_table, say, with_device
 from amalgam.cli.server import Server, address_of, key_of, no_server_of_ours
 from amalgam.config.server import ServerSettings
 from amalgam.tools.difference import PlanDifference, checked_manifest, read_plan

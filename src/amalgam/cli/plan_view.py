@@ -7,7 +7,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from amalgam.cli.console import human_bytes, interval, note, print_json, print_table, progress_bar, resumable, say
+from amalgam.base.sizes import human_bytes
+from amalgam.cli.console import interval, note, print_json, print_table, progress_bar, resumable, say
 from amalgam.config.settings import Settings
 
 if TYPE_CHECKING:

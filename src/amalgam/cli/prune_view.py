@@ -6,7 +6,8 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from amalgam.base.counting import counted
-from amalgam.cli.console import human_bytes, interval, note, print_table, say
+from amalgam.base.sizes import human_bytes
+from amalgam.cli.console import interval, note, print_table, say
 from amalgam.evaluation.confidence import Interval
 
 if TYPE_CHECKING:

@@ -167,7 +167,8 @@ def _as_json(report: QuantizeReport) -> dict[str, Any]:
 
 def _show(report: QuantizeReport) -> None:
     from amalgam.base.escaping import one_line
-    from amalgam.cli.console import human_bytes, print_table, say
+    from amalgam.base.sizes import human_bytes
+    from amalgam.cli.console import print_table, say
 
     rows = [
         (

@@ -10,7 +10,8 @@ from datetime import datetime
 from typing import Any
 
 from amalgam.base.counting import counted
-from amalgam.cli.console import arrow, human_bytes, named, print_table, say, with_device
+from amalgam.base.sizes import human_bytes
+from amalgam.cli.console import arrow, named, print_table, say, with_device
 
 NO_CHANGE = (
     "Each weight that is named comes from there already, or a more specific rule decides for it: "

@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence, Sized
 from dataclasses import dataclass, field, replace
 
 from amalgam.base.clock import Clock
+from amalgam.base.counting import counted
 from amalgam.config.placement import Placement, PlacementLike, Rule, build_rules
 from amalgam.errors import CancelledError, ConflictError, PlanError, RequestError, UnavailableError, describe
 
@@ -70,9 +71,9 @@ class ChangeRequest:
     def what(self) -> str:
         """The same in a few words."""
         if self.mapping is not None:
-            told = counted(self.mapping, "rule")
+            told = counted(len(self.mapping), "rule")
         elif self.rules is not None:
-            told = f"the whole set of {counted(self.rules, 'rule')}"
+            told = f"the whole set of {counted(len(self.rules), 'rule')}"
         else:
             told = "the files as they are now" if self.is_reload else f"back to version {self.version}"
         return told if self.name is None else f"{told}, called {self.name}"
@@ -87,11 +88,6 @@ class ChangeRequest:
             return self.rules
         rules = tuple(rules)
         return rules if self.mapping is None else merged(rules, self.mapping)
-
-
-def counted(things: Sized, noun: str) -> str:
-    """`1 rule`, `2 rules`."""
-    return f"{len(things):,} {noun}{'' if len(things) == 1 else 's'}"
 
 
 def merged(rules: tuple[Rule, ...], mapping: Mapping[str, PlacementLike | None]) -> tuple[Rule, ...]:
